@@ -1,0 +1,88 @@
+"""What can go wrong, grouped by what the caller does next.
+
+Every error of this library is a `CheckpointError`, and also the built-in error that fits, so that
+`except FileNotFoundError` works where people expect it. Messages say what happened, to which step
+and URL, and what to do now.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyExistsError",
+    "CheckpointError",
+    "ConfigError",
+    "CoordinationError",
+    "DamagedError",
+    "FencedError",
+    "FormatVersionError",
+    "NotFoundError",
+    "SaveFailedError",
+    "StateMismatchError",
+    "StoreError",
+]
+
+
+class CheckpointError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+# Correct the configuration or the call.
+
+
+class ConfigError(CheckpointError, ValueError):
+    """A setting is unknown, contradictory or out of range; names file, key and what is allowed."""
+
+
+class StateMismatchError(CheckpointError, KeyError):
+    """The checkpoint and the objects to restore do not fit; lists every difference at once."""
+
+    # KeyError prints the repr of its argument, which would fold a many-line report into one line.
+    __str__ = Exception.__str__
+
+
+# Choose another step, another root, or another way.
+
+
+class NotFoundError(CheckpointError, FileNotFoundError):
+    """The step, tag, file or root asked for does not exist. Never means that the store was down."""
+
+
+class AlreadyExistsError(CheckpointError, FileExistsError):
+    """Something is already there and would have been overwritten."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint's bytes are not the bytes that were written."""
+
+
+class FormatVersionError(CheckpointError):
+    """Written by a newer ckptmgr than this one; names both format versions."""
+
+
+# Mend the store, the disk or the network, then try again.
+
+
+class StoreError(CheckpointError, OSError):
+    """The store did not do what was asked: no space, no permission, no bucket, no network.
+
+    `errno` is set where the cause had one, so `error.errno == errno.ENOSPC` finds a full disk.
+    """
+
+    def __init__(self, message: str, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+# Another process is in the way, or a background save failed.
+
+
+class FencedError(CheckpointError):
+    """Another process writes to this root; names the holder and the way out."""
+
+
+class SaveFailedError(CheckpointError):
+    """A save did not commit; names its step. The checkpoints before it are untouched."""
+
+
+class CoordinationError(CheckpointError):
+    """The ranks could not agree; no further collective is attempted."""

@@ -1,0 +1,272 @@
+"""What is a checkpoint? The record whose presence makes a folder one, and the names of folders.
+
+Pure: no I/O, no clock, no environment, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import xxhash
+
+from .errors import ConfigError, DamagedError, FormatVersionError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+DIGEST = "xxh3_128"
+PIECE_SIZE = 64 << 20  # bytes; each piece of a file has a digest of its own
+MAX_MANIFEST_SIZE = 64 << 20  # bytes; more is not a manifest
+
+_FILE_PART = re.compile(r"[A-Za-z0-9._+=@%~-]+")
+_FOLDER = re.compile(r"[A-Za-z0-9_+=@%~-][A-Za-z0-9._+=@%~-]*")
+
+
+def digest(data: Any) -> str:
+    """The xxh3_128 hex digest of a buffer (https://xxhash.com)."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a checkpoint: name relative to its folder, size in bytes, digests.
+
+    `pieces` are the digests of consecutive pieces of `PIECE_SIZE` bytes; empty for a file of at
+    most one piece, whose digest is `digest`.
+    """
+
+    name: str
+    size: int
+    digest: str
+    pieces: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything that lists and retention need to know of a checkpoint. No secrets.
+
+    `files` are named relative to the checkpoint's folder; `attempt` numbers the processes that
+    wrote to the run, `nonce` the save; `parent` is the step this one was trained on from.
+    """
+
+    step: int
+    run: str
+    attempt: int
+    nonce: str
+    time: datetime
+    format: str
+    files: tuple[FileEntry, ...]
+    epoch: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    parent: int | None = None
+    world_size: int = 1
+    tags: tuple[str, ...] = ()
+    healthy: bool = True
+    versions: Mapping[str, str] = field(default_factory=dict)
+    config: str = ""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files, without the manifest."""
+        return sum(file.size for file in self.files)
+
+    def file(self, name: str) -> FileEntry | None:
+        return next((file for file in self.files if file.name == name), None)
+
+    def to_json(self) -> bytes:
+        """The manifest's bytes. The last key is the digest of everything before it."""
+        body = {
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "epoch": self.epoch,
+            # JSON has no NaN; a text keeps it readable by every parser.
+            "metrics": {k: v if v - v == 0 else repr(float(v)) for k, v in self.metrics.items()},
+            "time": self.time.isoformat(),
+            "run": self.run,
+            "attempt": self.attempt,
+            "nonce": self.nonce,
+            "parent": self.parent,
+            "world_size": self.world_size,
+            "format": self.format,
+            "digest_algorithm": DIGEST,
+            "piece_size": PIECE_SIZE,
+            "files": [
+                {"name": f.name, "size": f.size, "digest": f.digest, **({"pieces": list(f.pieces)} if f.pieces else {})}
+                for f in self.files
+            ],
+            "tags": list(self.tags),
+            "healthy": self.healthy,
+            "versions": dict(self.versions),
+            "config": self.config,
+        }
+        body["digest"] = digest(_canonical(body))
+        return (json.dumps(body, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Read a manifest back.
+
+        Raises `FormatVersionError` when it is newer than this version reads, and `DamagedError`
+        when it is not what `to_json` wrote: torn, changed, or naming files outside its folder.
+        """
+        if len(data) > MAX_MANIFEST_SIZE:
+            raise DamagedError(f"manifest is {len(data):,} bytes, more than any manifest ({MAX_MANIFEST_SIZE:,})")
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError) as exc:
+            raise DamagedError(f"manifest is not JSON: {exc}") from exc
+        if not isinstance(body, dict) or not isinstance(version := body.get("format_version"), int):
+            raise DamagedError("manifest has no format_version: not written by ckptmgr, or damaged")
+        if version > FORMAT_VERSION:
+            raise FormatVersionError(
+                f"checkpoint has format version {version}; this ckptmgr reads up to {FORMAT_VERSION}. Install a newer ckptmgr to read it"
+            )
+        expected = body.pop("digest", None)
+        try:
+            if digest(_canonical(body)) != expected:
+                raise DamagedError("manifest's digest does not match its content")
+            if body["digest_algorithm"] != DIGEST or body["piece_size"] != PIECE_SIZE:
+                raise FormatVersionError(
+                    f"checkpoint uses digests {body['digest_algorithm']!r} over pieces of {body['piece_size']} bytes; "
+                    f"this ckptmgr knows {DIGEST!r} over {PIECE_SIZE}. Install a newer ckptmgr to read it"
+                )
+            return cls(
+                step=_whole(body["step"]),
+                epoch=None if body["epoch"] is None else _whole(body["epoch"]),
+                metrics={str(k): float(v) for k, v in body["metrics"].items()},
+                time=datetime.fromisoformat(body["time"]),
+                run=str(body["run"]),
+                attempt=_whole(body["attempt"]),
+                nonce=str(body["nonce"]),
+                parent=None if body["parent"] is None else _whole(body["parent"]),
+                world_size=_whole(body["world_size"]),
+                format=str(body["format"]),
+                files=tuple(
+                    FileEntry(
+                        checked_name(f["name"]),
+                        _whole(f["size"]),
+                        str(f["digest"]),
+                        tuple(map(str, f.get("pieces", ()))),
+                    )
+                    for f in body["files"]
+                ),
+                tags=tuple(map(str, body["tags"])),
+                healthy=bool(body["healthy"]),
+                versions={str(k): str(v) for k, v in body["versions"].items()},
+                config=str(body["config"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as exc:
+            raise DamagedError(f"manifest does not parse: {exc!r}") from exc
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _whole(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def checked_name(name: Any) -> str:
+    """A file name from a manifest, refused with `DamagedError` when it could lead out of its folder."""
+    parts = name.split("/") if isinstance(name, str) else []
+    if not parts or any(part in (".", "..") or not _FILE_PART.fullmatch(part) for part in parts):
+        raise DamagedError(f"manifest names a file {name!r}, which is not a plain relative name")
+    return str(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Keeps a checkpoint from every keep rule until `expires` (None: for ever)."""
+
+    step: int
+    tag: str | None = None
+    expires: datetime | None = None
+
+    def holds(self, now: datetime) -> bool:
+        return self.expires is None or now < self.expires
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A committed checkpoint as a listing sees it.
+
+    `name` is its folder below the root; `damaged` says why it can't be trusted, or is None;
+    `manifest` is None only where the manifest itself can't be read.
+    """
+
+    name: str
+    step: int
+    manifest: Manifest | None
+    damaged: str | None = None
+    pins: tuple[Pin, ...] = ()
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Newest has the highest. A later attempt comes after any step of an earlier one: it went
+        on from an older step on purpose, or the earlier one was fenced off."""
+        return (self.manifest.attempt if self.manifest else 0, self.step)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        own = self.manifest.tags if self.manifest else ()
+        return own + tuple(pin.tag for pin in self.pins if pin.tag is not None and pin.tag not in own)
+
+
+class NameTemplate:
+    """Folder names from a template such as `step-{step:08d}`; fields: step, epoch, run.
+
+    Raises `ConfigError` for a template with other fields, without `{step}`, or with characters
+    that a folder name can't have on every store.
+    """
+
+    def __init__(self, template: str) -> None:
+        self.template = template
+        try:
+            fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+            sample = template.format(step=1, epoch=1, run="run")
+        except (ValueError, KeyError, IndexError, AttributeError) as exc:
+            raise ConfigError(
+                f"name: {template!r} is not a template: {exc!r}; fields are {{step}}, {{epoch}}, {{run}}"
+            ) from exc
+        if unknown := set(fields) - {"step", "epoch", "run"}:
+            raise ConfigError(
+                f"name: {template!r} has unknown fields {sorted(unknown)}; fields are {{step}}, {{epoch}}, {{run}}"
+            )
+        if "step" not in fields:
+            raise ConfigError(f"name: {template!r} must contain {{step}}, or two checkpoints would share a folder")
+        if not _FOLDER.fullmatch(sample):
+            raise ConfigError(
+                f"name: {template!r} gives folders like {sample!r}; use letters, digits and . _ + = @ % ~ -"
+            )
+        self.needs_epoch = "epoch" in fields
+        self._regex = self._compile()
+
+    def _compile(self) -> re.Pattern[str]:
+        regex, seen = "", False
+        for literal, name, _, _ in string.Formatter().parse(self.template):
+            regex += re.escape(literal)
+            if name == "step":
+                regex += "(?P=step)" if seen else r"(?P<step>\d+)"
+                seen = True
+            elif name is not None:
+                regex += r"\d+" if name == "epoch" else r"[A-Za-z0-9._+=@%~-]+?"
+        return re.compile(regex + r"(?:\.\d+)?")  # ".2": a second checkpoint of the same step
+
+    def format(self, step: int, epoch: int | None, run: str) -> str:
+        """The folder for a step. Raises `ConfigError` when the template needs an epoch and the call gave none."""
+        if epoch is None and self.needs_epoch:
+            raise ConfigError(f"name: {self.template!r} needs an epoch; pass epoch= with step {step}")
+        return self.template.format(step=step, epoch=epoch, run=run)
+
+    def step(self, name: str) -> int | None:
+        """The step in a folder's name, matched whole, or None."""
+        match = self._regex.fullmatch(name)
+        return int(match["step"]) if match else None

@@ -1,0 +1,70 @@
+"""What does a captured state look like? Plain trees whose only live leaves are tensors.
+
+A *tree* is what JSON can hold (None, bool, int, finite float, str, list, dict with string keys)
+plus `torch.Tensor` leaves. Everything else is a *tagged* dict with one or more keys that begin with "$"
+(see `codec`): `{"$tuple": [...]}`, `{"$dict": [[key, value], ...]}`. The same tree is written by
+every format; a stored tree is equal to it but for `StoredTensor` leaves in the tensors' places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+Tree: TypeAlias = Any
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A state captured on this rank, one tree per entry.
+
+    `notes` holds what an entry's tree cannot say about itself, by entry name: for an optimizer
+    `{"params": [[name, ...], ...]}`, the parameter names of each of its groups.
+    `objects` is a `torch.save` file of what neither JSON nor a tensor file can hold (leaves
+    `{"$object": path}`), keyed by path, or None. `rng` is the tree of random generators.
+    """
+
+    entries: dict[str, Tree]
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    objects: bytes | None = None
+    rng: Tree = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredTensor:
+    """A tensor in a checkpoint whose bytes have not been read. Compared by identity: tied weights
+    are one `StoredTensor` in several places of the tree.
+
+    `location` belongs to the format that made it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    location: Any
+    stride: tuple[int, ...] | None = None  # where not contiguous but dense, else None
+    requires_grad: bool = False
+    is_parameter: bool = False
+
+
+class StoredState(Protocol):
+    """A checkpoint opened by its format: everything known but the tensors' bytes."""
+
+    @property
+    def entries(self) -> Mapping[str, Tree]:
+        """One stored tree per entry."""
+
+    @property
+    def notes(self) -> Mapping[str, dict[str, Any]]: ...
+
+    def fetch(
+        self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"
+    ) -> dict[StoredTensor, torch.Tensor]:
+        """Read the wanted tensors, each into the memory of the tensor given for it (same shape and
+        dtype, any device and strides), or into a fresh one on `device` where None is given. Raises `DamagedError`."""
+
+    def objects(self) -> dict[str, Any]:
+        """What was pickled, by path. Runs code from the checkpoint: call only when trusted."""

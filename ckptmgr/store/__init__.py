@@ -1,0 +1,112 @@
+"""Where do bytes live? The `Store` protocol: bytes under keys, at a root URL.
+
+A key is a relative path with "/" between its parts. Everything above this package speaks to a
+store only through these seven methods and three attributes; `ckptmgr.testing.StoreContract` holds
+what they promise, for any store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["Entry", "Store", "Writer", "open_store"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing in a listing.
+
+    `key` is relative to the store's root; `size` is in bytes (0 for a folder); `modified` is in
+    seconds since 1970 by the *store's* clock (None where the store does not say).
+    """
+
+    key: str
+    size: int = 0
+    modified: float | None = None
+    is_folder: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.key.rsplit("/", 1)[-1]
+
+
+class Writer(Protocol):
+    """A large object on its way into a store. Exactly one of `commit` and `abort` ends it."""
+
+    def write(self, data: Buffer) -> None:
+        """Take the next bytes. Raises `StoreError`; the object must then be aborted."""
+
+    def commit(self) -> None:
+        """Make the whole object visible under its key, durably, or raise `StoreError`."""
+
+    def abort(self) -> None:
+        """Give the object up: nothing of it is or becomes visible. May be repeated; never raises."""
+
+
+class Store(Protocol):
+    """Bytes under keys. Every method blocks, is safe from any thread, and raises `StoreError`
+    (or a subclass-like built-in of `ckptmgr.errors`) for anything the store refuses."""
+
+    @property
+    def url(self) -> str:
+        """The root for messages, without credentials."""
+
+    @property
+    def path(self) -> Path | None:
+        """The root as a folder of this machine, or None where the bytes are behind a network."""
+
+    @property
+    def can_rename(self) -> bool:
+        """Whether `rename` moves a whole folder in one atomic step."""
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes [start, end) of an object, cut at its end; never from a cache.
+
+        Raises `NotFoundError` when there is no such object."""
+
+    def put(self, key: str, data: Buffer, *, create: bool = False) -> None:
+        """Write a small object whole: readers see the old bytes or the new ones, never a part, and
+        at return the new ones are durable. With `create`, raises `AlreadyExistsError` and changes
+        nothing when the key exists (one winner where the store has conditional writes)."""
+
+    def writer(self, key: str) -> Writer:
+        """A writer for a large object; nothing is visible under `key` before its `commit`."""
+
+    def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
+        """What is in a folder, sorted by key: files and folders one level down, or with
+        `recursive` every file below it. Never from a cache. A folder that does not exist is empty;
+        a bucket that does not exist is a `StoreError`."""
+
+    def stat(self, key: str) -> Entry | None:
+        """The file under a key, or None when there is no such file. Never from a cache."""
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove files, durably at return. A missing one is no error. Folders that become empty go
+        too. Never follows a symbolic link."""
+
+    def rename(self, source: str, target: str) -> None:
+        """Make everything below the folder `source` durable, then move it to `target` in one
+        atomic step, durable at return. Only where `can_rename`. Raises `AlreadyExistsError` when
+        `target` exists."""
+
+
+def open_store(url: str | Path, options: dict[str, Any] | None = None, *, fsync: bool = True) -> Store:
+    """The store for a path or any fsspec URL. Opens no connection and makes no folder yet.
+
+    `options` go to the fsspec filesystem as they are. Raises `ConfigError` for a URL whose
+    protocol is unknown or whose library is not installed, naming the extra to install.
+    """
+    from .local import LocalStore, local_path
+
+    path = local_path(url)
+    if path is not None:
+        return LocalStore(path, fsync=fsync)
+    from .remote import FsspecStore
+
+    return FsspecStore(str(url), options or {})
