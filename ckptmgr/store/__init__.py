@@ -87,8 +87,9 @@ class Store(Protocol):
         """The file under a key, or None when there is no such file. Never from a cache."""
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove files, durably at return. A missing one is no error. Folders that become empty go
-        too. Never follows a symbolic link."""
+        """Remove files, durably at return. A key that ends in "/" is a folder: everything below it
+        goes, unfinished files too. A missing one is no error. Folders that become empty go too.
+        Never follows a symbolic link."""
 
     def rename(self, source: str, target: str) -> None:
         """Make everything below the folder `source` durable, then move it to `target` in one

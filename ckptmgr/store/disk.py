@@ -1,0 +1,159 @@
+"""How do bytes reach a disk so that a power cut can't take them back? And what does the disk say when it can't?"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import weakref
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+
+from ..errors import StoreError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    _FULL_SYNC = None
+else:
+    _FULL_SYNC = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone stops at the drive's own cache
+
+_COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | _COMMON
+_READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _COMMON  # a planted FIFO must not block us
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+def sync_file(fd: int) -> None:
+    """Wait until a file's bytes are on the disk. A failure is final: the kernel forgets what it
+    could not write, so a second fsync of the same file would report a success that never was."""
+    if _FULL_SYNC is not None:
+        try:
+            fcntl.fcntl(fd, _FULL_SYNC)
+            return
+        except OSError as exc:
+            if exc.errno not in _NO_FOLDER_SYNC:
+                raise
+    os.fsync(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries are on the disk, where the file system knows how to."""
+    if os.name == "nt":  # Windows opens no folders; NTFS journals its entries
+        return
+    try:
+        fd = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0))
+    except PermissionError:  # one that we may write to but not read, such as a shared scratch folder
+        return
+    try:
+        os.fsync(fd)
+    except OSError as exc:
+        if exc.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+def create_file(path: Path) -> int:
+    """A descriptor of a file that did not exist before. Follows no link."""
+    return os.open(path, _CREATE, 0o666)
+
+
+def open_file(path: Path) -> int:
+    """A descriptor of a regular file, for reading. Follows no link; refuses anything else."""
+    fd = os.open(path, _READ)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return fd
+
+
+def claim(temp: Path, target: Path) -> None:
+    """Give a file its final name unless that name is taken; of several claimants one wins.
+
+    Raises `FileExistsError`."""
+    try:
+        os.link(temp, target)
+    except FileExistsError:
+        # NFS asks again after a lost answer, and then finds the link that it made itself.
+        if temp.lstat().st_nlink != 2:
+            raise
+    except OSError as exc:
+        if exc.errno not in _NO_LINKS:
+            raise
+        os.close(create_file(target))  # no links here: an empty file of that name is the claim
+        try:
+            temp.replace(target)
+        except OSError:
+            target.unlink()
+            raise
+
+
+class TempFile:
+    """A file under a name that nobody looks at, until it is moved to its own. Gone when dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(create_file(path), "wb", buffering=0)  # noqa: SIM115 - lives as long as the writer
+        self._discard = weakref.finalize(self, _discard, self._file, path, os.getpid())
+
+    def write(self, data: memoryview) -> None:
+        while data:  # the system may take less than it is given
+            data = data[self._file.write(data) :]
+
+    def sync(self) -> None:
+        sync_file(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file. Network file systems may report only here that it was not written."""
+        self._file.close()
+
+    def discard(self) -> None:
+        """Close the file and remove what still has the temporary name. May be repeated; never raises."""
+        self._discard()
+
+
+def _discard(file: FileIO, path: Path, pid: int) -> None:
+    # Nothing of it is visible, whatever fails here: a leftover goes when its folder is deleted.
+    with suppress(OSError):
+        file.close()
+    if os.getpid() == pid:  # a forked child drops its copy of the object; the file is its parent's
+        with suppress(OSError):
+            path.unlink()
+
+
+def explain(exc: OSError, doing: str, path: Path, need: int | None = None) -> StoreError:
+    """The same trouble in the words of its remedy; `need` is in bytes, where known."""
+    match exc.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            what = "no space left" if exc.errno == errno.ENOSPC else "the disk quota is used up"
+            sizes = [f"{need:,} bytes needed"] if need is not None else []
+            if (free := _free(path)) is not None:
+                sizes.append(f"{free:,} bytes free")
+            told = f" ({', '.join(sizes)})" if sizes else ""
+            text = f"{what} to {doing} {path}{told}: free some space or keep fewer checkpoints"
+        case errno.EACCES | errno.EPERM:
+            text = f"no permission to {doing} {path}: change its owner or mode, or use another root"
+        case errno.EROFS:
+            text = f"can't {doing} {path}: the file system is read-only; mount it writable or use another root"
+        case errno.ELOOP:
+            text = f"can't {doing} {path}: a symbolic link is not followed below the root; put its target in its place"
+        case errno.EISDIR | errno.ENOTDIR | errno.EEXIST | errno.ENOTEMPTY:
+            text = f"can't {doing} {path}: {exc.strerror}; a file or a folder is in its place, move it away"
+        case _:
+            text = f"can't {doing} {path}: {exc.strerror or exc}; check the disk or its mount, then try again"
+    return StoreError(text, exc.errno)
+
+
+def _free(path: Path) -> int | None:
+    for folder in path.parents:
+        try:
+            return shutil.disk_usage(folder).free
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None
+    return None

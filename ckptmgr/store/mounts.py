@@ -1,0 +1,69 @@
+"""Can a folder be renamed in one step here? Asked of the mount table and of the folder itself."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def can_rename_folders(root: Path) -> bool:
+    """Whether a rename moves a whole folder atomically below `root`, which need not exist yet.
+
+    FUSE mounts are refused whatever they answer: a mounted bucket renames by copying."""
+    folder = next((p for p in (root, *root.parents) if p.is_dir()), None)
+    return folder is not None and not _is_fuse(_mount_type(folder)) and _probe(folder)
+
+
+def _is_fuse(kind: str) -> bool:
+    # fuseblk is a local disk behind a driver in user space (NTFS, exFAT).
+    return kind == "fuse" or kind.startswith("fuse.")
+
+
+def _mount_type(folder: Path) -> str:
+    try:
+        lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return ""
+    return mount_type(lines, folder.resolve())
+
+
+def mount_type(lines: list[str], folder: Path) -> str:
+    """The file system type that `/proc/self/mountinfo` names for a folder ("" where it names none)."""
+    depth, kind = -1, ""
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        fields, types = left.split(" "), right.split(" ")
+        if len(fields) < 5:
+            continue
+        point = Path(_unescaped(fields[4]))
+        # Of two mounts on one point the later hides the earlier.
+        if folder.is_relative_to(point) and len(point.parts) >= depth:
+            depth, kind = len(point.parts), types[0]
+    return kind
+
+
+def _unescaped(field: str) -> str:
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(code, char)
+    return field
+
+
+def _probe(folder: Path) -> bool:
+    token = secrets.token_hex(8)
+    source, target = folder / f".ckptmgr-{token}.a.tmp", folder / f".ckptmgr-{token}.b.tmp"
+    try:
+        source.mkdir()
+        (source / "file").touch()
+        source.rename(target)
+        return (target / "file").is_file() and not source.exists()
+    except OSError:
+        return False
+    finally:
+        for place in (source, target):
+            for remove in ((place / "file").unlink, place.rmdir):
+                try:
+                    remove()
+                except OSError:  # was never made, or can't be removed where it could be made
+                    continue

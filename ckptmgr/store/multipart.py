@@ -1,0 +1,89 @@
+"""How does a large object go up in parts? Several at a time, in bounded memory, visible only when complete."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+_SMALLEST = 16 << 20  # bytes
+_EVEN_PARTS = 5_000  # of one size, as some stores want them
+_GROW_EVERY = 1_000
+_IN_FLIGHT = 8
+
+
+def part_size(number: int) -> int:
+    """Bytes of the part with this number, from 0. Grows so that 10,000 parts make more than 1,000 GiB."""
+    return _SMALLEST if number < _EVEN_PARTS else _SMALLEST << 1 + (number - _EVEN_PARTS) // _GROW_EVERY
+
+
+class Multipart(Protocol):
+    """The requests that a multipart upload is made of."""
+
+    def put(self, name: str, data: bytes) -> None: ...
+
+    def begin(self, name: str) -> str: ...
+
+    def send(self, name: str, upload: str, number: int, data: bytearray) -> Any:
+        """Numbers begin at 1; the answer is a receipt that `complete` hands in."""
+
+    def complete(self, name: str, upload: str, receipts: list[Any], size: int) -> None: ...
+
+    def cancel(self, name: str, upload: str) -> None: ...
+
+
+class MultipartUpload:
+    """An `Upload`. One that is dropped unended publishes nothing, but its parts stay on the store
+    until the folder is deleted or the bucket's lifecycle rule removes them."""
+
+    def __init__(self, requests: Multipart, name: str) -> None:
+        self._requests, self._name = requests, name
+        self._buffer = bytearray()
+        self._size = 0
+        self._upload: str | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._sent: list[Future[Any]] = []
+        self._in_flight: deque[Future[Any]] = deque()
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            room = part_size(len(self._sent)) - len(self._buffer)
+            self._buffer += data[:room]
+            self._size += min(room, len(data))
+            data = data[room:]
+            if len(self._buffer) == part_size(len(self._sent)):
+                self._send()
+
+    def commit(self) -> None:
+        if self._upload is None:
+            self._requests.put(self._name, bytes(self._buffer))
+            return
+        if self._buffer:
+            self._send()
+        receipts = [future.result() for future in self._sent]
+        self._requests.complete(self._name, self._upload, receipts, self._size)
+        self._upload = None
+        self._close()
+
+    def abort(self) -> None:
+        self._close()  # first: a part that arrives after the cancelling would stay
+        self._buffer = bytearray()
+        if self._upload is not None:
+            upload, self._upload = self._upload, None
+            self._requests.cancel(self._name, upload)
+
+    def _send(self) -> None:
+        if self._upload is None:
+            self._upload = self._requests.begin(self._name)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="ckptmgr-upload")
+        if len(self._in_flight) == _IN_FLIGHT:
+            self._in_flight.popleft().result()
+        part, self._buffer = self._buffer, bytearray()
+        future = self._pool.submit(self._requests.send, self._name, self._upload, len(self._sent) + 1, part)
+        self._sent.append(future)
+        self._in_flight.append(future)
+
+    def _close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,279 @@
+"""How are bytes kept behind a URL? Through the client libraries of fsspec, whose traps end here."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from errno import EACCES
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AlreadyExistsError, CheckpointError, ConfigError, NotFoundError, StoreError
+from . import Entry
+from .arguments import as_bytes, checked_folder, checked_key, is_key
+from .dialect import Dialect, Fault, Upload, password, public_url
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_log = logging.getLogger("ckptmgr.store")
+
+_DELETES_AT_ONCE = 8
+
+
+class FsspecStore:
+    """A `Store` at any fsspec URL.
+
+    S3, GCS and OSS have conditional writes: of several `put(create=True)` one wins. Elsewhere "is
+    it there?" and the write are two steps, and only names that nobody else uses are safe. An answer
+    can get lost after the store did what it was asked, so a key that turns out to hold exactly the
+    bytes given to `put(create=True)` counts as created by this call: put something in them that
+    nobody else would, such as a random number.
+
+    Clients are built on first use, once per process, and never shared with a forked one or pickled.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
+        self._url, self._options = url, dict(options or {})
+        self._connect = _dialect_for(url)
+        self._dialects: dict[int, Dialect] = {}  # by process: a forked one must not use its parent's connections
+
+    def __repr__(self) -> str:
+        return f"FsspecStore({self.url!r})"
+
+    def __reduce__(self) -> tuple[type[FsspecStore], tuple[str, dict[str, Any]]]:
+        return FsspecStore, (self._url, self._options)
+
+    @property
+    def url(self) -> str:
+        return public_url(self._url)
+
+    @property
+    def path(self) -> Path | None:
+        return None
+
+    @property
+    def can_rename(self) -> bool:
+        """Never: what a bucket calls a rename is a copy and a deletion."""
+        return False
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        name = self._name(checked_key(key))
+        with self._edge("read", key) as dialect:
+            if end is not None and end <= start:
+                if dialect.stat(name) is None:
+                    raise NotFoundError(f"{self.url}/{key} does not exist")
+                return b""
+            try:
+                return dialect.get(name, start, end)
+            except Exception as exc:
+                if dialect.diagnose(exc) is not Fault.PAST_END:
+                    raise
+                return b""
+
+    def put(self, key: str, data: Buffer, *, create: bool = False) -> None:
+        name, body = self._name(checked_key(key)), bytes(as_bytes(data))
+        with self._edge("write", key) as dialect:
+            if create:
+                self._create(dialect, key, name, body)
+            else:
+                dialect.put(name, body)
+
+    def writer(self, key: str) -> RemoteWriter:
+        name = self._name(checked_key(key))
+        with self._edge("write", key) as dialect:
+            return RemoteWriter(self, key, dialect.upload(name))
+
+    def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
+        prefix = self._name(f"{checked_folder(folder)}/" if folder else "")
+        with self._edge("list", folder) as dialect:
+            below = len(self._name(""))
+            found = [
+                Entry(entry.key[below:], entry.size, entry.modified, entry.is_folder)
+                for entry in dialect.list(prefix, recursive)
+            ]
+        # What is no key, such as the empty object "folder/" that some tools make, is nothing of ours.
+        return sorted((entry for entry in found if is_key(entry.key)), key=lambda entry: entry.key)
+
+    def stat(self, key: str) -> Entry | None:
+        name = self._name(checked_key(key))
+        with self._edge("read", key) as dialect:
+            found = dialect.stat(name)
+        return None if found is None else Entry(key, found.size, found.modified)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        names: list[str] = []
+        for key in keys:
+            name = self._name(checked_key(key.removesuffix("/")))
+            if not key.endswith("/"):
+                names.append(name)
+                continue
+            with self._edge("delete", key) as dialect:
+                names.extend(entry.key for entry in dialect.list(f"{name}/", True))
+                try:
+                    dialect.drop_uploads(f"{name}/")
+                except Exception as exc:  # noqa: BLE001 - may be refused or not be there; the objects go all the same
+                    _log.debug("uploads.drop.failed url=%s/%s cause=%s", self.url, key, dialect.describe(exc))
+        if len(names) == 1:
+            self._delete(names[0])
+        elif names:
+            with ThreadPoolExecutor(_DELETES_AT_ONCE, thread_name_prefix="ckptmgr-delete") as pool:
+                list(pool.map(self._delete, names))
+
+    def rename(self, source: str, target: str) -> None:
+        """Always raises `StoreError`."""
+        raise StoreError(f"folders can't be renamed at {self.url}: copy {source} to {target} and delete it instead")
+
+    def _name(self, key: str) -> str:
+        prefix = self._dialect.prefix
+        return f"{prefix}/{key}" if prefix else key
+
+    def _delete(self, name: str) -> None:
+        with self._edge("delete", name) as dialect:
+            try:
+                dialect.delete(name)
+            except Exception as exc:
+                if dialect.diagnose(exc) is not Fault.MISSING:
+                    raise
+
+    def _create(self, dialect: Dialect, key: str, name: str, body: bytes) -> None:
+        try:
+            dialect.create(name, body)
+        except Exception as exc:
+            fault = dialect.diagnose(exc)
+            if fault not in (Fault.EXISTS, Fault.UNCLEAR):
+                raise
+            # The answer to a try that succeeded may have been lost: only the object knows whose it is.
+            found = _read(dialect, name)
+            if found == body:
+                return
+            if found is None and fault is Fault.UNCLEAR:
+                raise
+            raise AlreadyExistsError(f"{self.url}/{key} exists already and was left as it is") from exc
+
+    @property
+    def _dialect(self) -> Dialect:
+        pid = os.getpid()
+        if pid not in self._dialects:
+            try:
+                self._dialects[pid] = self._connect(self._url, self._options)
+            except CheckpointError:
+                raise
+            except Exception as exc:  # every library has its own way to refuse an option
+                cause = self._without_secrets(f"{type(exc).__name__}: {exc}")
+                raise ConfigError(f"storage.options do not fit {self.url}: {cause}") from exc
+        return self._dialects[pid]
+
+    @contextmanager
+    def _edge(self, doing: str, key: str) -> Iterator[Dialect]:
+        dialect = self._dialect
+        try:
+            yield dialect
+        except CheckpointError:
+            raise
+        except Exception as exc:  # client libraries and what lies below them share no base class
+            raise self._explained(dialect, exc, doing, f"{self.url}/{key}" if key else self.url) from exc
+
+    def _explained(self, dialect: Dialect, exc: Exception, doing: str, url: str) -> CheckpointError:
+        cause = self._without_secrets(dialect.describe(exc))
+        match dialect.diagnose(exc):
+            case Fault.NO_BUCKET:
+                return StoreError(f"bucket {dialect.bucket!r} does not exist: create it or correct the root {self.url}")
+            case Fault.MISSING:
+                return NotFoundError(f"{url} does not exist")
+            case Fault.DENIED:
+                text = f"no permission to {doing} {url}: {cause}; check the credentials: {dialect.credentials}"
+                return StoreError(text, EACCES)
+        text = f"could not {doing} {url}: {cause}; check the store, the network and the endpoint, then try again"
+        return StoreError(text, exc.errno if isinstance(exc, OSError) else None)
+
+    def _without_secrets(self, text: str) -> str:
+        for secret in filter(None, (password(self._url), *_secrets(self._options))):
+            text = text.replace(secret, "***")
+        return text
+
+
+class RemoteWriter:
+    """A `Writer` of an object that is visible only after `commit`. Dropped unended it publishes nothing."""
+
+    def __init__(self, store: FsspecStore, key: str, upload: Upload) -> None:
+        self._store, self._key = store, key
+        self._upload: Upload | None = upload
+
+    def write(self, data: Buffer) -> None:
+        with self._store._edge("write", self._key):
+            self._open().write(as_bytes(data))
+
+    def commit(self) -> None:
+        with self._store._edge("write", self._key):
+            self._open().commit()
+        self._upload = None
+
+    def abort(self) -> None:
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            try:
+                upload.abort()
+            except Exception as exc:  # noqa: BLE001 - nothing is visible; the store forgets the rest, or a sweep does
+                _log.warning("upload.abort.failed url=%s/%s cause=%r", self._store.url, self._key, type(exc))
+
+    def _open(self) -> Upload:
+        if self._upload is None:
+            raise StoreError(f"the writer of {self._store.url}/{self._key} has ended; begin a new one")
+        return self._upload
+
+
+def _read(dialect: Dialect, name: str) -> bytes | None:
+    try:
+        return dialect.get(name, 0, None)
+    except Exception as exc:
+        match dialect.diagnose(exc):
+            case Fault.MISSING:
+                return None
+            case Fault.PAST_END:
+                return b""
+        raise
+
+
+def _dialect_for(url: str) -> Callable[[str, Mapping[str, Any]], Dialect]:
+    protocol = url.partition("://")[0]
+    if "::" in url:
+        raise ConfigError(
+            f"root: {public_url(url)!r} is a chain, which caches or repacks; give the URL of the store itself"
+        )
+    try:
+        match protocol:
+            case "s3" | "s3a":
+                extra = "s3"
+                from .s3 import S3Dialect
+
+                return S3Dialect
+            case "gs" | "gcs":
+                extra = "gcs"
+                from .gcs import GcsDialect
+
+                return GcsDialect
+            case "oss":
+                extra = "oss"
+                from .oss import OssDialect
+
+                return OssDialect
+        extra = ""
+        from .generic import GenericDialect, filesystem_class
+
+        filesystem_class(protocol)
+        return GenericDialect
+    except ImportError as exc:
+        how = f"pip install 'ckptmgr[{extra}]'" if extra else str(exc)
+        raise ConfigError(f"root: {public_url(url)!r} needs a library that is not installed: {how}") from exc
+
+
+def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _secrets(value)
+        elif isinstance(value, str) and any(word in name.lower() for word in ("secret", "token", "pass", "key", "sas")):
+            yield value
