@@ -124,7 +124,8 @@ class Manifest:
             raise DamagedError("manifest has no format_version: not written by ckptmgr, or damaged")
         if version > FORMAT_VERSION:
             raise FormatVersionError(
-                f"checkpoint has format version {version}; this ckptmgr reads up to {FORMAT_VERSION}. Install a newer ckptmgr to read it"
+                f"checkpoint has format version {version}; this ckptmgr reads up to {FORMAT_VERSION}. "
+                "Install a newer ckptmgr to read it"
             )
         expected = body.pop("digest", None)
         try:
@@ -209,10 +210,12 @@ class CheckpointInfo:
     pins: tuple[Pin, ...] = ()
 
     @property
-    def order(self) -> tuple[int, int]:
+    def order(self) -> tuple[int, int, float]:
         """Newest has the highest. A later attempt comes after any step of an earlier one: it went
         on from an older step on purpose, or the earlier one was fenced off."""
-        return (self.manifest.attempt if self.manifest else 0, self.step)
+        if self.manifest is None:
+            return (0, self.step, 0.0)
+        return (self.manifest.attempt, self.step, self.manifest.time.timestamp())
 
     @property
     def tags(self) -> tuple[str, ...]:

@@ -1,0 +1,96 @@
+"""Where does a save run while training goes on? One worker thread, one save in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+from .errors import CheckpointError
+from .manifest import CheckpointInfo
+
+
+class Pending:
+    """A save that has not committed yet, or how it ended.
+
+    `step` is its step; `url` the checkpoint's once committed, else None; `error` what it failed
+    with, else None. An error is raised once: by `wait`, or else by the manager's next call.
+    """
+
+    def __init__(self, step: int, root: str, future: Future[CheckpointInfo]) -> None:
+        self.step = step
+        self._root = root
+        self._future = future
+        self._is_reported = False
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not. Never blocks."""
+        return self._future.done()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until it is committed and durable; `timeout` in seconds.
+
+        Raises what the save failed with (`SaveFailedError`, `FencedError`, `AlreadyExistsError`),
+        or `TimeoutError` while it is still running.
+        """
+        self.settle(timeout)
+        if error := self.take_error():
+            raise error
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Block until it has ended, well or not. Raises `TimeoutError`."""
+        try:
+            self._future.exception(timeout)
+        except TimeoutError as exc:
+            raise TimeoutError(f"step {self.step} is still being saved to {self._root} after {timeout} s") from exc
+
+    @property
+    def url(self) -> str | None:
+        if not self.done() or self._future.exception() is not None:
+            return None
+        return f"{self._root}/{self._future.result().name}"
+
+    @property
+    def error(self) -> CheckpointError | None:
+        error = self._future.exception() if self.done() else None
+        return error if isinstance(error, CheckpointError) else None
+
+    def take_error(self) -> BaseException | None:
+        """What it failed with, the first time it is asked."""
+        if not self.done() or self._is_reported:
+            return None
+        error = self._future.exception()
+        self._is_reported = error is not None
+        return error
+
+    def __repr__(self) -> str:
+        if not self.done():
+            return f"<Pending step {self.step}: saving>"
+        return f"<Pending step {self.step}: {self.error or self.url}>"
+
+
+class Worker:
+    """Runs saves one at a time, in a thread when `background`. At interpreter exit the save in
+    flight is completed, as with any `ThreadPoolExecutor`."""
+
+    def __init__(self, *, background: bool) -> None:
+        self._pool = ThreadPoolExecutor(1, "ckptmgr-save") if background else None
+
+    def submit(self, step: int, root: str, save: Callable[[], CheckpointInfo], after: Callable[[], None]) -> Pending:
+        """Start a save; `after` is called when it has ended, in the thread where it ran."""
+        if self._pool is not None:
+            future = self._pool.submit(save)
+        else:
+            future = Future()
+            try:
+                future.set_result(save())
+            except Exception as exc:  # noqa: BLE001 - carried to the caller by the Pending, like a thread's
+                future.set_exception(exc)
+        pending = Pending(step, root, future)
+        future.add_done_callback(lambda _: after())
+        return pending
+
+    def close(self) -> None:
+        """Wait for the save in flight and end the thread."""
+        if self._pool is not None:
+            self._pool.shutdown()

@@ -1,0 +1,159 @@
+"""How does a save become a checkpoint? The draft: files first, manifest last, one commit.
+
+*rename* mode writes everything, the manifest too, into `.ckptmgr/drafts/<name>.<nonce>/` and moves
+that folder to its final name in one atomic step. *manifest* mode writes data to `<name>/<nonce>/`,
+notes that it does so in `.ckptmgr/drafts/<name>.<nonce>`, and creates `<name>/manifest.json`: that
+single conditional write is the commit. Until either step nothing can be seen of the save.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from .errors import AlreadyExistsError, CheckpointError, NotFoundError, StoreError
+from .manifest import MANIFEST_NAME, PIECE_SIZE, CheckpointInfo, FileEntry, Manifest, checked_name
+from .source import Source
+from .store import Store, Writer
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+DRAFTS = ".ckptmgr/drafts"
+
+_log = logging.getLogger("ckptmgr.draft")
+
+
+class DraftFile:
+    """A file of a draft; digests are taken of the bytes handed to `write`."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._size = 0
+        self._whole = xxhash.xxh3_128()
+        self._piece = xxhash.xxh3_128()
+        self._pieces: list[str] = []
+
+    def write(self, data: Buffer) -> int:
+        view = memoryview(data).cast("B")
+        rest = view
+        while rest:
+            part = rest[: PIECE_SIZE - self._size % PIECE_SIZE]
+            self._whole.update(part)
+            self._piece.update(part)
+            self._writer.write(part)
+            self._size += len(part)
+            rest = rest[len(part) :]
+            if self._size % PIECE_SIZE == 0:
+                self._pieces.append(self._piece.hexdigest())
+                self._piece.reset()
+        return len(view)
+
+    def entry(self, name: str) -> FileEntry:
+        if self._size <= PIECE_SIZE:
+            return FileEntry(name, self._size, self._whole.hexdigest())
+        tail = (self._piece.hexdigest(),) if self._size % PIECE_SIZE else ()
+        return FileEntry(name, self._size, self._whole.hexdigest(), (*self._pieces, *tail))
+
+
+class Draft:
+    """One save being written. Ends with exactly one of `commit` and `abort`; both may block."""
+
+    def __init__(self, store: Store, name: str, nonce: str, *, rename: bool, check: Callable[[], None]) -> None:
+        self.name, self.nonce = name, nonce
+        self._store = store
+        self._rename = rename
+        self._check = check
+        self._record = f"{DRAFTS}/{name}.{nonce}"
+        self._folder = self._record if rename else name
+        self._prefix = "" if rename else f"{nonce}/"
+        self._files: dict[str, FileEntry] = {}
+        if not rename:
+            store.put(self._record, b"")  # so that a sweep finds the data if this process dies
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[DraftFile]:
+        """A new file of the checkpoint: complete when the block ends, gone when it raises."""
+        if checked_name(name) in self._files or name == MANIFEST_NAME:
+            raise AlreadyExistsError(f"the draft of {self.name} already has a file {name!r}")
+        writer = self._store.writer(f"{self._folder}/{self._prefix}{name}")
+        try:
+            file = DraftFile(writer)
+            yield file
+            writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
+        self._files[name] = file.entry(self._prefix + name)
+
+    def commit(self, manifest: Manifest, verify: str = "size") -> CheckpointInfo:
+        """Make the draft a checkpoint; at return it is durable.
+
+        `manifest` comes without files, which the draft fills in. `verify` looks at what the store
+        holds first: `off`, `size` (compare sizes) or `full` (read everything back).
+        Raises `FencedError` when another writer has taken over, `AlreadyExistsError` when the name
+        is taken, `StoreError` and `DamagedError` for what the store did. The draft is then still
+        to be aborted.
+        """
+        manifest = dataclasses.replace(manifest, nonce=self.nonce, files=tuple(self._files.values()))
+        if problems := Source(self._store, self._folder, manifest).problems(verify):
+            what = "; ".join(map(str, problems))
+            raise StoreError(f"{self._store.url} does not hold what was written to {self.name}: {what}")
+        key, data = f"{self._folder}/{MANIFEST_NAME}", manifest.to_json()
+        if self._rename:
+            self._store.put(key, data)
+            self._check()
+            self._store.rename(self._folder, self.name)
+        else:
+            self._check()
+            self._create_manifest(key, data)
+            try:
+                self._store.delete([self._record])
+            except StoreError as exc:
+                _log.warning("draft.record.kept key=%s cause=%s (the next sweep removes it)", self._record, exc)
+        return CheckpointInfo(self.name, manifest.step, manifest)
+
+    def _create_manifest(self, key: str, data: bytes) -> None:
+        """The commit on an object store. An error says nothing of whether the object was written
+        (the answer may have been lost), so it is read back: our bytes, with our nonce, mean yes."""
+        for last in (False, True):
+            try:
+                self._store.put(key, data, create=True)
+                return
+            except (AlreadyExistsError, StoreError) as exc:
+                try:
+                    found = self._store.get(key)
+                except NotFoundError:
+                    if last or isinstance(exc, AlreadyExistsError):
+                        raise exc from None
+                    continue
+                if found != data:
+                    raise AlreadyExistsError(
+                        f"{self._store.url}/{self.name} was committed by another writer; nothing of it was changed"
+                    ) from exc
+                return
+
+    def abort(self) -> None:
+        """Remove what was written. Never raises: what can't be removed now is left to a sweep."""
+        try:
+            discard(self._store, self.name, self.nonce)
+        except CheckpointError as exc:
+            _log.warning("draft.abort.incomplete name=%s nonce=%s cause=%s", self.name, self.nonce, exc)
+
+
+def discard(store: Store, name: str, nonce: str) -> None:
+    """Remove a draft in either mode, unless it became a checkpoint after all."""
+    record = f"{DRAFTS}/{name}.{nonce}"
+    try:
+        committed = Manifest.from_json(store.get(f"{name}/{MANIFEST_NAME}")).nonce == nonce
+    except NotFoundError:
+        committed = False
+    # A manifest that can't be read is not ours to judge here: DamagedError leaves everything in place.
+    if not committed:
+        store.delete([f"{name}/{nonce}/"])
+    store.delete([f"{record}/", record])  # a folder in rename mode, an object in manifest mode; last, as it leads here

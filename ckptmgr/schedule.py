@@ -1,0 +1,78 @@
+"""Is a save due at this call? The triggers, with everything they are told.
+
+Keeps what a Moment is made of (the last save, the clock, signals, requests) and a horizon below
+which no trigger can speak, so that a call that is not due costs a few comparisons.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from .signals import SignalWatch
+from .triggers import AnyOf, Decision, Horizon, Moment
+
+
+class Schedule:
+    """When the next save is due. `clock` counts seconds and never goes backwards."""
+
+    def __init__(self, rule: AnyOf, signals: SignalWatch, clock: Callable[[], float]) -> None:
+        self._rule, self._signals, self._clock = rule, signals, clock
+        self._requests: list[str] = []
+        self._alert = False
+        self._last_step, self._last_epoch, self._last_time = 0, 0, clock()
+        self._quiet_step = self._quiet_epoch = self._quiet_time = -math.inf
+        self._look_ahead()
+
+    def alert(self) -> None:
+        """Ask the triggers at the next call whatever the horizon says. Safe in a signal handler."""
+        self._alert = True
+
+    def request(self, reason: str) -> None:
+        """Make a save due at the next call. Safe from any thread."""
+        self._requests.append(reason)
+        self._alert = True
+
+    def is_quiet(self, step: int, epoch: int | None) -> bool:
+        """Whether no save can be due and nothing else needs attention: the loop's fast path."""
+        return (
+            step < self._quiet_step
+            and not self._alert
+            and self._clock() < self._quiet_time
+            and (epoch is None or epoch < self._quiet_epoch)
+        )
+
+    def decide(self, step: int, epoch: int | None, metrics: Mapping[str, float]) -> Decision:
+        """Ask the triggers. Changes nothing: a save that is due stays due until `saved`."""
+        moment = Moment(
+            step,
+            epoch,
+            metrics,
+            self._clock() - self._last_time,
+            self._last_step,
+            self._last_epoch,
+            self._signals.pending,
+            tuple(self._requests),
+        )
+        return Decision(self._rule.due(moment))
+
+    def calm(self) -> None:
+        """Nothing was due: back to the fast path."""
+        self._alert = False  # first: what comes in between sets it again
+        if self._requests or self._signals.pending:
+            self._alert = True
+
+    def saved(self, step: int, epoch: int | None) -> None:
+        """A save of this step was begun, or its state restored: clocks and multiples go on from here."""
+        self._alert = False  # first, as above
+        self._signals.take()
+        self._requests.clear()
+        self._last_step, self._last_time = step, self._clock()
+        self._last_epoch = self._last_epoch if epoch is None else epoch
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        now = Moment(self._last_step, self._last_epoch, last_step=self._last_step, last_epoch=self._last_epoch)
+        horizon: Horizon = self._rule.horizon(now)
+        self._quiet_step, self._quiet_epoch = horizon.step, horizon.epoch
+        self._quiet_time = self._last_time + horizon.elapsed

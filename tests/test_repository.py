@@ -1,0 +1,450 @@
+"""Commit, list, delete, archive, sweep: what the repository promises on both kinds of store."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from ckptmgr.errors import (
+    AlreadyExistsError,
+    ConfigError,
+    DamagedError,
+    FencedError,
+    FormatVersionError,
+    NotFoundError,
+    StoreError,
+)
+from ckptmgr.manifest import PIECE_SIZE, CheckpointInfo, Manifest, NameTemplate
+from ckptmgr.repository import Repository
+from ckptmgr.store import Store
+from ckptmgr.store.local import LocalStore
+from ckptmgr.testing import MemoryStore
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture(params=["rename", "manifest", "local"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "local":
+        return LocalStore(tmp_path / "root", fsync=False)
+    return MemoryStore(can_rename=request.param == "rename")
+
+
+@pytest.fixture
+def repository(store: Store) -> Repository:
+    return Repository(store)
+
+
+def about(step: int, attempt: int = 1, run: str = "run", **fields: object) -> Manifest:
+    return Manifest(step=step, run=run, attempt=attempt, nonce="", time=NOW, format="raw", files=(), **fields)  # type: ignore[arg-type]
+
+
+def commit(
+    repository: Repository, step: int, files: dict[str, bytes] | None = None, attempt: int = 1
+) -> CheckpointInfo:
+    draft = repository.begin(step, None, "run")
+    for name, data in (files or {"a.bin": b"a%d" % step, "ranks/b.bin": b"b"}).items():
+        with draft.create(name) as file:
+            file.write(data)
+    return draft.commit(about(step, attempt))
+
+
+def names(repository: Repository) -> list[str]:
+    return [info.name for info in repository.infos()]
+
+
+def keys(store: Store) -> set[str]:
+    return {entry.key for entry in store.list(recursive=True)}
+
+
+def test_a_commit_is_listed_and_reads_back(repository: Repository) -> None:
+    info = commit(repository, 3)
+    (listed,) = repository.infos()
+    assert listed == info
+    assert repository.open(listed).read("a.bin") == b"a3"
+    assert repository.open(listed).read("ranks/b.bin") == b"b"
+    assert repository.verify(listed) == []
+
+
+def test_nothing_of_a_draft_is_a_checkpoint_before_its_commit(repository: Repository) -> None:
+    draft = repository.begin(3, None, "run")
+    with draft.create("a.bin") as file:
+        file.write(b"a")
+    assert repository.infos() == []
+    draft.abort()
+    assert keys(repository.store) == set()
+
+
+def test_an_exception_while_a_file_is_written_leaves_nothing_of_it(repository: Repository) -> None:
+    draft = repository.begin(3, None, "run")
+
+    def fail() -> None:
+        with draft.create("a.bin") as file:
+            file.write(b"half")
+            raise KeyError("training")
+
+    pytest.raises(KeyError, fail)
+    assert not [key for key in keys(repository.store) if key.endswith("a.bin")]
+    info = draft.commit(about(3))
+    assert info.manifest is not None
+    assert info.manifest.files == ()
+
+
+def test_a_file_name_is_written_once_and_stays_inside(repository: Repository) -> None:
+    draft = repository.begin(3, None, "run")
+    with draft.create("a.bin"):
+        pass
+    for name, error in (("a.bin", AlreadyExistsError), ("manifest.json", AlreadyExistsError), ("../x", DamagedError)):
+        with pytest.raises(error), draft.create(name):
+            pass
+
+
+def test_newest_is_the_highest_step_of_the_latest_attempt(repository: Repository) -> None:
+    for step, attempt in ((5, 1), (9, 1), (7, 2), (8, 2)):
+        commit(repository, step, attempt=attempt)
+    assert [info.step for info in repository.infos()] == [8, 7, 9, 5]
+
+
+def test_a_second_checkpoint_of_a_step_gets_a_folder_of_its_own(repository: Repository) -> None:
+    commit(repository, 3)
+    second = commit(repository, 3, attempt=2)
+    assert names(repository) == ["step-00000003.2", "step-00000003"]
+    assert repository.find(3) == second
+
+
+def test_find_takes_steps_names_tags_and_latest(repository: Repository) -> None:
+    first, second = commit(repository, 1), commit(repository, 2)
+    repository.pin(first, "paper")
+    assert repository.find("latest") == second
+    assert [repository.find(which).step for which in (1, "1", "step-00000001", "paper")] == [1, 1, 1, 1]
+    with pytest.raises(NotFoundError, match=r"no checkpoint step 7 in .*; steps there: 2, 1"):
+        repository.find(7)
+
+
+def test_find_latest_passes_over_the_damaged(repository: Repository) -> None:
+    commit(repository, 1)
+    repository.mark_damaged(commit(repository, 2), "bit flip in a.bin")
+    assert repository.find("latest").step == 1
+    assert repository.find(2).damaged == "bit flip in a.bin"
+
+
+def test_pieces_have_digests_of_their_own(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("draft", "source", "manifest"):
+        monkeypatch.setattr(f"ckptmgr.{module}.PIECE_SIZE", 4)
+    data = bytes(range(18))
+    draft = repository.begin(1, None, "run")
+    with draft.create("a.bin") as file:
+        assert file.write(data[:3]) == 3
+        file.write(data[3:17])
+        file.write(data[17:])
+    info = draft.commit(about(1))
+    assert info.manifest is not None
+    assert [len(file.pieces) for file in info.manifest.files] == [5]
+    with repository.open(info).open("a.bin") as opened:
+        assert opened.read() == data
+        opened.seek(-5, 2)
+        assert (opened.tell(), opened.read(3), opened.read(), opened.read()) == (13, data[13:16], data[16:], b"")
+        opened.seek(2)
+        opened.seek(1, 1)
+        assert opened.read(2) == data[3:5]
+        with pytest.raises(ValueError, match="before the file's start"):
+            opened.seek(-1)
+        assert opened.readable()
+        assert opened.seekable()
+    assert PIECE_SIZE == 64 << 20
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "extend", "remove", "empty"])
+def test_any_change_to_a_file_is_found(repository: Repository, change: str) -> None:
+    info = commit(repository, 3)
+    assert info.manifest is not None
+    key = f"{info.name}/{info.manifest.files[0].name}"
+    changed = {"flip": b"a2", "cut": b"a", "extend": b"a3x", "empty": b""}
+    if change == "remove":
+        repository.store.delete([key])
+    else:
+        repository.store.put(key, changed[change])
+    assert [problem.file for problem in repository.verify(info)] == ["a.bin"]
+    with pytest.raises(DamagedError, match=r"a\.bin"):
+        repository.open(info).read("a.bin")
+
+
+def test_sizes_alone_find_a_cut_but_not_a_flip(repository: Repository) -> None:
+    info = commit(repository, 3)
+    assert info.manifest is not None
+    key = f"{info.name}/{info.manifest.files[0].name}"
+    repository.store.put(key, b"a2")
+    assert repository.verify(info, "size") == []
+    repository.store.put(key, b"a")
+    assert [str(p) for p in repository.verify(info, "size")] == ["a.bin: has 1 bytes, not the 2 of the manifest"]
+    assert repository.verify(info, "off") == []
+
+
+def test_a_body_garbled_on_the_way_is_fetched_again() -> None:
+    store = _GarblingOnce(can_rename=False)
+    repository = Repository(store)
+    info = commit(repository, 3)
+    store.garble = True
+    assert repository.open(info).read("a.bin") == b"a3"
+    assert not store.garble
+
+
+class _GarblingOnce(MemoryStore):
+    garble = False
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        data = super().get(key, start, end)
+        if self.garble and key.endswith("a.bin"):
+            self.garble = False
+            return b"?" * len(data)
+        return data
+
+
+def test_a_torn_manifest_is_a_damaged_checkpoint(repository: Repository) -> None:
+    info = commit(repository, 3)
+    data = repository.store.get(f"{info.name}/manifest.json")
+    for damage in (data[:100], b"", data.replace(b'"step": 3', b'"step": 4'), b"[]", b"\xff"):
+        repository.store.put(f"{info.name}/manifest.json", damage)
+        (listed,) = repository.infos()
+        assert (listed.step, listed.manifest) == (3, None)
+        assert listed.damaged
+        assert [problem.file for problem in repository.verify(listed)] == ["manifest.json"]
+        with pytest.raises(DamagedError):
+            repository.open(listed)
+
+
+def test_folders_of_others_are_not_checkpoints(repository: Repository) -> None:
+    repository.store.put("web/manifest.json", b'{"name": "app"}')
+    repository.store.put("step-00000001/notes.txt", b"mine")
+    repository.store.put("other.txt", b"mine")
+    assert repository.infos() == []
+
+
+def test_a_newer_format_is_an_error_that_names_both(repository: Repository) -> None:
+    commit(repository, 1)
+    repository.store.put("step-00000002/manifest.json", b'{"format_version": 99}')
+    with pytest.raises(FormatVersionError, match=r"step-00000002: .* version 99; this ckptmgr reads up to 1\."):
+        repository.infos()
+
+
+def test_drop_deletes_what_the_manifest_names_and_nothing_else(repository: Repository) -> None:
+    info = commit(repository, 3)
+    repository.store.put(f"{info.name}/eval.txt", b"mine")
+    repository.mark_damaged(info, "so it seems")
+    repository.drop(info)
+    assert repository.infos() == []
+    assert keys(repository.store) == {f"{info.name}/eval.txt"}
+
+
+def test_drop_of_an_unreadable_one_takes_its_folder(repository: Repository) -> None:
+    info = commit(repository, 3)
+    repository.store.put(f"{info.name}/manifest.json", b"torn")
+    (torn,) = repository.infos()
+    repository.drop(torn)
+    assert keys(repository.store) == set()
+
+
+def test_an_archived_checkpoint_is_none_but_its_data_stays(repository: Repository) -> None:
+    info = commit(repository, 3)
+    repository.archive(info)
+    assert repository.infos() == []
+    again = commit(repository, 3, {"a.bin": b"new"}, attempt=2)
+    (aside,) = repository.archived()
+    assert aside.manifest == info.manifest
+    repository.drop_archived(aside)
+    assert repository.archived() == []
+    assert repository.verify(again) == []
+    assert repository.infos() == [again]
+
+
+def test_an_unreadable_one_is_left_where_it_is_by_archive(repository: Repository) -> None:
+    info = commit(repository, 3)
+    repository.store.put(f"{info.name}/manifest.json", b"torn")
+    (torn,) = repository.infos()
+    repository.archive(torn)
+    assert repository.infos() == [torn]
+
+
+def test_the_pointer_names_a_folder(repository: Repository) -> None:
+    assert repository.pointer() is None
+    repository.point("step-00000003")
+    assert repository.pointer() == "step-00000003"
+    repository.point(None)
+    assert repository.pointer() is None
+
+
+def test_pins_carry_tags_and_end(repository: Repository) -> None:
+    one, two = commit(repository, 1), commit(repository, 2)
+    repository.pin(one)
+    repository.pin(one, "paper", NOW + timedelta(days=1))
+    (_, listed) = repository.infos()
+    assert {(pin.tag, pin.holds(NOW), pin.holds(NOW + timedelta(days=2))) for pin in listed.pins} == {
+        (None, True, True),
+        ("paper", True, False),
+    }
+    with pytest.raises(ConfigError, match="'paper' is on step 1"):
+        repository.pin(two, "paper")
+    assert repository.unpin(1, "paper") == 1
+    assert repository.unpin(1) == 1
+    assert repository.unpin(1) == 0
+
+
+@pytest.mark.parametrize("tag", ["latest", "best", "12", "a.b", "", "-x", "a/b"])
+def test_tags_that_could_be_mistaken_are_refused(repository: Repository, tag: str) -> None:
+    with pytest.raises(ConfigError, match="not usable"):
+        repository.pin(commit(repository, 1), tag)
+
+
+def test_a_pin_that_cannot_be_read_is_an_error_not_a_deletion(repository: Repository) -> None:
+    commit(repository, 1)
+    repository.store.put(".ckptmgr/pins/1.json", b"{")
+    with pytest.raises(DamagedError, match=r"pins/1\.json is not a pin"):
+        repository.infos()
+
+
+def test_a_damage_mark_that_cannot_be_read_still_marks(repository: Repository) -> None:
+    info = commit(repository, 1)
+    assert info.manifest is not None
+    repository.store.put(f".ckptmgr/damaged/{info.name}.{info.manifest.nonce}.json", b"{")
+    assert repository.infos()[0].damaged == "marked as damaged"
+
+
+def test_sweep_removes_drafts_and_nothing_foreign(repository: Repository) -> None:
+    info = commit(repository, 1)
+    draft = repository.begin(2, None, "run")
+    with draft.create("a.bin") as file:
+        file.write(b"half")
+    repository.store.put(".ckptmgr/drafts/readme.txt", b"mine")
+    repository.store.put("step-00000009/notes.txt", b"mine")
+    before = keys(repository.store) - {key for key in keys(repository.store) if draft.nonce in key}
+    assert repository.sweep() == 1
+    assert keys(repository.store) == before
+    assert repository.infos() == [info]
+    assert repository.sweep() == 0
+
+
+def test_sweep_finishes_a_deletion_that_was_interrupted(repository: Repository) -> None:
+    info = commit(repository, 1)
+    assert info.manifest is not None
+    repository.store.put(f".ckptmgr/trash/{info.name}.{info.manifest.nonce}.json", info.manifest.to_json())
+    repository.sweep()
+    assert repository.infos() == [info]  # its manifest was never deleted
+    repository.store.put(f".ckptmgr/trash/{info.name}.{info.manifest.nonce}.json", info.manifest.to_json())
+    repository.store.delete([f"{info.name}/manifest.json"])
+    assert repository.sweep() == 1
+    assert keys(repository.store) == set()
+
+
+def test_a_lost_lock_stops_the_commit(store: Store) -> None:
+    def lost() -> None:
+        raise FencedError("taken over")
+
+    repository = Repository(store, check=lost)
+    with pytest.raises(FencedError):
+        commit(repository, 1)
+    assert repository.infos() == []
+
+
+def test_commit_rename_is_refused_where_folders_cannot_be_renamed() -> None:
+    with pytest.raises(ConfigError, match="commit: rename is not possible"):
+        Repository(MemoryStore(can_rename=False), commit="rename")
+
+
+def test_commit_manifest_works_on_a_local_disk(tmp_path: Path) -> None:
+    repository = Repository(LocalStore(tmp_path), commit="manifest")
+    info = commit(repository, 1)
+    assert info.manifest is not None
+    assert (tmp_path / info.name / info.manifest.nonce / "a.bin").read_bytes() == b"a1"
+    assert repository.verify(info) == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("error", [StoreError("lost"), AlreadyExistsError("lost")])
+def test_a_lost_answer_to_the_commit_is_found_out(when: str, error: Exception) -> None:
+    class Losing(MemoryStore):
+        losses = 1
+
+        def put(self, key: str, data: bytes, *, create: bool = False) -> None:
+            lose = create and self.losses > 0
+            if lose and when == "before":
+                self.losses -= 1
+                raise error
+            super().put(key, data, create=create)
+            if lose:
+                self.losses -= 1
+                raise error
+
+    repository = Repository(Losing(can_rename=False))
+    if when == "before" and isinstance(error, AlreadyExistsError):
+        with pytest.raises(AlreadyExistsError):
+            commit(repository, 1)
+    else:
+        info = commit(repository, 1)
+        assert repository.infos() == [info]
+
+
+def test_a_manifest_of_someone_else_is_never_overwritten() -> None:
+    store = MemoryStore(can_rename=False)
+    repository = Repository(store)
+    mine = repository.begin(1, None, "run")
+    theirs = commit(repository, 1)
+    with pytest.raises(AlreadyExistsError, match="committed by another writer"):
+        mine.commit(about(1))
+    mine.abort()
+    assert repository.infos() == [theirs]
+    assert repository.verify(theirs) == []
+
+
+def test_a_store_that_drops_bytes_is_noticed_before_the_commit(repository: Repository) -> None:
+    draft = repository.begin(1, None, "run")
+    with draft.create("a.bin") as file:
+        file.write(b"abc")
+    (key,) = [entry.key for entry in repository.store.list(recursive=True) if entry.key.endswith("a.bin")]
+    repository.store.put(key, b"ab")
+    with pytest.raises(StoreError, match="does not hold what was written"):
+        draft.commit(about(1))
+    draft.abort()
+    assert repository.infos() == []
+
+
+def test_full_verification_on_save_reads_back_every_byte(repository: Repository) -> None:
+    draft = repository.begin(1, None, "run")
+    with draft.create("a.bin") as file:
+        file.write(b"abc")
+    (key,) = [entry.key for entry in repository.store.list(recursive=True) if entry.key.endswith("a.bin")]
+    repository.store.put(key, b"abX")
+    with pytest.raises(StoreError, match=r"a\.bin"):
+        draft.commit(about(1), "full")
+
+
+@pytest.mark.parametrize("template", ["{step}", "ep{epoch}-ba{step}", "{run}.step{step:06d}"])
+def test_names_follow_the_template_and_are_found_under_any_other(store: Store, template: str) -> None:
+    repository = Repository(store, names=NameTemplate(template))
+    draft = repository.begin(7, 2, "run")
+    info = draft.commit(about(7, epoch=2))
+    assert info.name == template.format(step=7, epoch=2, run="run")
+    assert Repository(store).infos() == [info]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("step", "must contain {step}"),
+        ("{step}-{loss}", "unknown|fields are"),
+        ("a/{step}", "folders like"),
+        (".{step}", "folders like"),
+        ("{step", "not a template"),
+        ("{step:x!}", "not a template"),
+        ("{0}{step}", "not a template"),
+    ],
+)
+def test_bad_templates_are_refused_with_the_reason(template: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        NameTemplate(template)
+
+
+def test_a_template_with_epoch_needs_one() -> None:
+    with pytest.raises(ConfigError, match="needs an epoch"):
+        NameTemplate("ep{epoch}-{step}").format(1, None, "run")
