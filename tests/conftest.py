@@ -60,6 +60,8 @@ def _new_s3_bucket() -> Callable[[str], Bucket]:
     """Makes an empty bucket on the S3 server at a URL."""
     import boto3
 
+    clients: dict[str, Any] = {}
+
     def make(endpoint_url: str) -> Bucket:
         if endpoint_url not in clients:
             clients[endpoint_url] = boto3.client(
@@ -73,7 +75,6 @@ def _new_s3_bucket() -> Callable[[str], Bucket]:
         clients[endpoint_url].create_bucket(Bucket=name)
         return Bucket(f"s3://{name}", {"key": _KEY, "secret": _SECRET, "endpoint_url": endpoint_url})
 
-    clients: dict[str, Any] = {}
     return make
 
 

@@ -19,7 +19,8 @@ __all__ = ["FileSink", "FileSource", "Format", "SinkFile", "open_format"]
 class SinkFile(Protocol):
     """A file being written into a draft. Digests are computed on the bytes handed to `write`."""
 
-    def write(self, data: Buffer) -> int: ...
+    def write(self, data: Buffer) -> int:
+        """Take all the bytes; their memory may change or go as soon as this returns."""
 
 
 class FileSink(Protocol):

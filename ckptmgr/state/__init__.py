@@ -1,0 +1,40 @@
+"""What is the state of a training loop? Capturing live objects, and restoring them.
+
+Names are loaded on first use: importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .capturing import PickleWarning, capture, non_finite
+    from .restore import RestorePlan, match, materialize, unclaimed
+    from .rng import RngReport, capture_rng, restore_rng
+
+__all__ = [
+    "PickleWarning",
+    "RestorePlan",
+    "RngReport",
+    "capture",
+    "capture_rng",
+    "match",
+    "materialize",
+    "non_finite",
+    "restore_rng",
+    "unclaimed",
+]
+
+_HOMES = {
+    "capturing": ("PickleWarning", "capture", "non_finite"),
+    "restore": ("RestorePlan", "match", "materialize", "unclaimed"),
+    "rng": ("RngReport", "capture_rng", "restore_rng"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

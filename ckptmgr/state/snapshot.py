@@ -8,7 +8,7 @@ every format; a stored tree is equal to it but for `StoredTensor` leaves in the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -32,6 +32,37 @@ class Snapshot:
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     objects: bytes | None = None
     rng: Tree = None
+
+
+def map_leaves(tree: Tree, change: Callable[[Any, tuple[str, ...]], Any], path: tuple[str, ...] = ()) -> Tree:
+    """The tree with `change(leaf, path)` in the place of every leaf.
+
+    A leaf is what is neither dict nor list, or the `{"$tensor": ...}` that stands for a tensor in a
+    file. A path names dict keys and list positions; the marks of tagged dicts ("$...") do not show
+    in it, and the pairs of a `$dict` show as their keys.
+    """
+    if isinstance(tree, dict) and tree.keys() != {"$tensor"}:
+        if isinstance(pairs := tree.get("$dict"), list) and all(isinstance(p, list) and len(p) == 2 for p in pairs):
+            walked = [
+                [map_leaves(key, change, (*path, "key")), map_leaves(value, change, (*path, _label(key)))]
+                for key, value in pairs
+            ]
+            return {key: walked if key == "$dict" else map_leaves(value, change, path) for key, value in tree.items()}
+        return {
+            key: map_leaves(value, change, path if key.startswith("$") else (*path, key)) for key, value in tree.items()
+        }
+    if isinstance(tree, list):
+        return [map_leaves(item, change, (*path, str(i))) for i, item in enumerate(tree)]
+    return change(tree, path)
+
+
+def _label(key: Tree) -> str:
+    """How a `$dict` key that may itself be a tree shows in a path."""
+    if isinstance(key, list | dict):
+        parts: list[str] = []
+        map_leaves(key, lambda leaf, _: parts.append(str(leaf)))
+        return "_".join(parts)
+    return str(key)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +90,10 @@ class StoredState(Protocol):
 
     @property
     def notes(self) -> Mapping[str, dict[str, Any]]: ...
+
+    @property
+    def rng(self) -> Tree:
+        """The tree of random generators, or None."""
 
     def fetch(
         self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"

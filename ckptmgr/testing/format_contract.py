@@ -197,7 +197,7 @@ class FormatContract:
                     fetch_all(format.open(files))
 
     def test_an_error_of_the_sink_comes_out(self, format: Format, state: Snapshot) -> None:
-        """Whatever a file raises at any write is what `write` raises."""
+        """What a file raises at any single write is what `write` raises."""
         count = 0
         while True:
             files = _FailingFiles(count)
@@ -249,14 +249,14 @@ class _FailingFile(MemoryFile):
         self._files = files
 
     def write(self, data: Buffer) -> int:
-        if not self._files.left:
-            raise _DiskFullError
         self._files.left -= 1
+        if self._files.left == -1:
+            raise _DiskFullError
         return super().write(data)
 
 
 class _FailingFiles(MemoryFiles):
-    """Takes `left` writes, then raises."""
+    """Takes `left` writes, raises at the next, and would take any after it."""
 
     def __init__(self, left: int) -> None:
         super().__init__()

@@ -310,7 +310,8 @@ class StoreContract:
             store.put(key, b"1")
         store.delete(["a/b/one", "a/b/two"])
         assert [e.key for e in store.list(recursive=True)] == ["c/three"]
-        assert store.list("a") == []
+        # Some servers show a folder for a while after its last object has gone, but never a file in it.
+        assert [e for e in store.list("a") if not e.is_folder] == []
         with pytest.raises(NotFoundError):
             store.get("a/b/one")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from urllib.parse import urlsplit
@@ -10,8 +11,9 @@ from urllib.parse import urlsplit
 import fsspec
 
 from . import Bucket
+from .faults import HttpServer, Request
 
-__all__ = ["ODD_KEYS", "ask", "filesystem", "winners"]
+__all__ = ["ODD_KEYS", "ask", "filesystem", "statuses_at_once", "winners"]
 
 ODD_KEYS = ["a b", "a+b&c=d", "a/ä <x>.bin", "a/ä%2Fb", "a//b", "zz"]
 
@@ -21,7 +23,7 @@ def filesystem(bucket: Bucket) -> fsspec.AbstractFileSystem:
 
 
 def ask(
-    url: str, method: str, target: str, body: bytes = b"", headers: dict[str, str] | None = None
+    url: str, method: str, target: str, body: bytes | Iterator[bytes] = b"", headers: dict[str, str] | None = None
 ) -> tuple[int, bytes, dict[str, str]]:
     """Status, body and headers for one request by a client that retries nothing and adds nothing."""
     connection = HTTPConnection(urlsplit(url).netloc)
@@ -46,3 +48,15 @@ def winners(write: Callable[[bytes], object], lost: type[Exception]) -> list[byt
 
     with ThreadPoolExecutor(16) as threads:
         return [content for content in threads.map(attempt, range(16)) if content is not None]
+
+
+def statuses_at_once(server: HttpServer, request: Request) -> list[int]:
+    """How a server answers the same request from 16 threads that it reaches at the same moment, sorted."""
+    ready = threading.Barrier(16)
+
+    def attempt(_: int) -> int:
+        ready.wait()
+        return server.answer(request).status
+
+    with ThreadPoolExecutor(16) as threads:
+        return sorted(threads.map(attempt, range(16)))

@@ -8,6 +8,7 @@ import hmac
 import re
 import time
 from collections.abc import Callable, Mapping
+from email.message import Message
 from urllib.parse import quote, unquote
 from xml.etree import ElementTree
 
@@ -102,7 +103,7 @@ def signature(secret: str, request: Request) -> str:
     return base64.b64encode(digest).decode()
 
 
-def media_reply(data: bytes, about: dict[str, str], headers: Mapping[str, str]) -> Reply:
+def media_reply(data: bytes, about: dict[str, str], headers: Message) -> Reply:
     """The bytes, or the range of them that the client's headers name, by OSS's own rule.
 
     A range that is not wholly inside the object is answered with the whole object and 200, unless

@@ -1,0 +1,150 @@
+"""How does a snapshot become files that `torch.load` reads? Format `torch`: one file per entry.
+
+`torch.load("optimizer.pt", weights_only=True)` gives the entry's state dict; ckptmgr is not needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import DamagedError
+from ..staging import compact, is_dense, is_special, refuse_meta
+from ..state.codec import from_torch_safe, to_torch_safe
+from ..state.snapshot import Snapshot, StoredState, StoredTensor, Tree, map_leaves
+from . import FileSink, FileSource
+from .state_file import STATE_NAME, file_stems, load_torch, read_json, read_objects, read_rng, save_torch, write_state
+from .targets import put, refuse_misfit
+
+
+class TorchFormat:
+    """One `<entry>.pt` per entry, and `state.json` for what such a file can't say.
+
+    Tensors tied within an entry are tied by torch; those tied across entries stand in each entry's
+    file and in the `ties` of `state.json`. A view of a larger storage is saved without the rest of it.
+    """
+
+    name = "torch"
+
+    def write(self, snapshot: Snapshot, sink: FileSink) -> None:
+        """Write every file; blocks. Raises what the sink raises, and `StateMismatchError` for a meta tensor."""
+        stems = file_stems(snapshot.entries)
+        files, ties = {}, _Ties()
+        for entry, tree in snapshot.entries.items():
+            files[entry] = f"{stems[entry]}.pt"
+            plain = to_torch_safe(ties.take(entry, tree))
+            with sink.create(files[entry]) as file:
+                save_torch(plain, file)
+        write_state(sink, self.name, snapshot, {"files": files, "ties": ties.rows})
+
+    def open(self, source: FileSource) -> StoredState:
+        """Load every entry into host memory. Raises `DamagedError` and `FormatVersionError`."""
+        return _TorchState(source)
+
+
+class _Ties:
+    """Finds tensors that stand in several entries, but not in those with sets of tensors.
+
+    A row is (entry, index, entry, index): the second is the first. The index counts the places of
+    tensors in an entry's tree.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, int, str, int]] = []
+        self._first: dict[int, tuple[str, int]] = {}
+
+    def take(self, entry: str, tree: Tree) -> Tree:
+        """The entry's tree with each distinct tensor in host memory, without the rest of its storage."""
+        own: dict[int, torch.Tensor] = {}
+        index = itertools.count()
+        is_ordered = not _has_set(tree)
+
+        def compacted(leaf: Any, path: tuple[str, ...]) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            here = next(index)
+            if id(leaf) not in own:
+                refuse_meta(leaf, (entry, *path))
+                own[id(leaf)] = compact(leaf)
+                if is_ordered and (first := self._first.setdefault(id(leaf), (entry, here)))[0] != entry:
+                    self.rows.append((*first, entry, here))
+            return own[id(leaf)]
+
+        return map_leaves(tree, compacted)
+
+
+def _has_set(tree: Tree) -> bool:
+    """Whether tensors stand in a set, which torch gives back in another order."""
+    if isinstance(tree, dict):
+        return any((key in ("$set", "$frozenset") and _tensors(item)) or _has_set(item) for key, item in tree.items())
+    return isinstance(tree, list) and any(map(_has_set, tree))
+
+
+def _tensors(tree: Tree) -> list[torch.Tensor]:
+    """The tensors of a tree, as often as they stand in it."""
+    found: list[torch.Tensor] = []
+
+    def collect(leaf: Any, _: tuple[str, ...]) -> None:
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+
+    map_leaves(tree, collect)
+    return found
+
+
+class _TorchState:
+    """A checkpoint in host memory: a stored tensor's `location` is the tensor that was loaded."""
+
+    def __init__(self, source: FileSource) -> None:
+        self._source = source
+        body = read_json(source, STATE_NAME, {"files": dict, "ties": list, "notes": dict})
+        trees = {entry: _load_tree(source, str(name)) for entry, name in body["files"].items()}
+        found = {entry: _tensors(tree) for entry, tree in trees.items()}
+        stored = {id(tensor): _stored(tensor) for tensors in found.values() for tensor in tensors}
+        try:
+            for first, first_index, entry, index in body["ties"]:
+                stored[id(found[entry][index])] = stored[id(found[first][first_index])]
+        except (ValueError, KeyError, TypeError, IndexError) as exc:
+            raise DamagedError(f"{STATE_NAME}: its ties do not fit the files: {exc!r}") from exc
+        self.entries: Mapping[str, Tree] = {
+            entry: map_leaves(tree, lambda leaf, _: stored[id(leaf)] if isinstance(leaf, torch.Tensor) else leaf)
+            for entry, tree in trees.items()
+        }
+        self.notes: Mapping[str, dict[str, Any]] = body["notes"]
+        self.rng: Tree = read_rng(source)
+
+    def objects(self) -> dict[str, Any]:
+        return read_objects(self._source)
+
+    def fetch(
+        self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"
+    ) -> dict[StoredTensor, torch.Tensor]:
+        """See `StoredState.fetch`. The files were read by `open`; this copies."""
+        for stored, target in wanted.items():
+            if target is not None and not is_special(stored.location):
+                refuse_misfit(stored, target)
+        return {stored: put(stored.location, target, device) for stored, target in wanted.items()}
+
+
+def _load_tree(source: FileSource, name: str) -> Tree:
+    plain = load_torch(source, name)
+    try:
+        return from_torch_safe(plain)
+    except DamagedError as exc:
+        raise DamagedError(f"{name}: {exc}") from exc
+
+
+def _stored(tensor: torch.Tensor) -> StoredTensor:
+    special = is_special(tensor)
+    plain = special or tensor.is_contiguous() or not is_dense(tensor.shape, tensor.stride())
+    return StoredTensor(
+        (tensor.size(0),) if tensor.is_nested else tuple(tensor.shape),
+        tensor.dtype,
+        tensor,
+        None if plain else tensor.stride(),
+        tensor.requires_grad,
+        isinstance(tensor, torch.nn.Parameter),
+    )

@@ -1,0 +1,205 @@
+"""Does a stored tree fit a target, and how is the target filled from it?"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from .codec import join
+from .filling import FIRST, LOADER, OPTIMIZER, OTHER, SCHEDULER, Filling, Fitting, Source, another_class
+from .names import clean_names, modules, pair
+from .optimizers import fit_optimizer
+from .plain_tags import is_unsaved
+from .snapshot import StoredTensor, Tree
+from .trees import elements, items
+
+
+def is_target(value: Any) -> bool:
+    """Whether a value can be filled in place."""
+    if type(value) is tuple:
+        return bool(value) and all(map(is_target, value))
+    return isinstance(value, torch.Tensor | dict | list) or has_load(value)
+
+
+def has_load(value: Any) -> bool:
+    return not isinstance(value, type) and callable(getattr(value, "load_state_dict", None))
+
+
+def fit(fitting: Fitting, where: str, target: Any, tree: Tree, note: Mapping[str, Any], within: str = "") -> None:
+    """Compare a target with its tree: differences are noted, and what fits is planned.
+
+    `note` is on the whole entry; `within` says where in the entry the target stands.
+    """
+    own = note if not within else note.get("parts", {}).get(within, {})
+    if is_unsaved(tree):
+        fitting.differences.unsaved.append(where)
+    elif isinstance(target, nn.Module):
+        _fit_module(fitting, where, target, tree, own)
+    elif isinstance(target, torch.Tensor):
+        _fit_tensor(fitting, where, target, tree)
+    elif has_load(target):
+        _fit_object(fitting, where, target, tree, own)
+    elif isinstance(target, dict):
+        _fit_dict(fitting, where, target, tree, note, within)
+    else:
+        _fit_sequence(fitting, where, target, tree, note, within)
+
+
+def misfit(target: torch.Tensor, tree: Tree) -> str | None:
+    """Why a tensor can't be filled from a tree, or None when it can."""
+    if isinstance(tree, dict) and "$meta" in tree:
+        return "was on the meta device when it was saved, and has no values"
+    if not isinstance(tree, StoredTensor):
+        return "is not a tensor in the checkpoint"
+    if nn.parameter.is_lazy(target):
+        return None
+    if target.is_meta:
+        return "is on the meta device here and can't be filled; give it memory first (to_empty)"
+    if tuple(target.shape) != tuple(tree.shape):
+        return f"has shape {tuple(tree.shape)} in the checkpoint and {tuple(target.shape)} in the object"
+    return None
+
+
+def _note_cast(fitting: Fitting, path: str, target: torch.Tensor, leaf: StoredTensor) -> None:
+    if not nn.parameter.is_lazy(target) and target.dtype != leaf.dtype:
+        fitting.differences.casts.append(f"{path}: {leaf.dtype} -> {target.dtype}")
+
+
+def _fit_module(fitting: Fitting, where: str, module: nn.Module, tree: Tree, note: Mapping[str, Any]) -> None:
+    stored = items(tree)
+    if stored is None:
+        fitting.differences.add("mismatched", where, [f"{where} is no state dict in the checkpoint"])
+        return
+    live = module.state_dict(keep_vars=True)
+    clean = clean_names(module, live)
+    pairs = pair(clean.values(), [name for name in stored if isinstance(name, str)])
+    used = set(pairs.values())
+    fitting.differences.add("missing", where, [name for name in clean.values() if name not in pairs])
+    fitting.differences.add("unexpected", where, [str(name) for name in stored if name not in used])
+    parts: list[tuple[str, Any, Tree, str, bool]] = []
+    for raw, name in clean.items():
+        if name not in pairs:
+            continue
+        target, part, path = live[raw], stored[pairs[name]], join(where, [name])
+        in_place = False
+        if isinstance(target, torch.Tensor) and not raw.endswith("_extra_state"):
+            if problem := misfit(target, part):
+                fitting.differences.add("mismatched", where, [f"{path} {problem}"])
+                continue
+            _note_cast(fitting, path, target, part)
+            fitting.dtypes[id(target)] = part.dtype
+            in_place = not nn.parameter.is_lazy(target) and fitting.offer(part, target)
+        parts.append((raw, target, part, path, in_place))
+    complete = not fitting.differences.has(where)
+
+    def fill(source: Source) -> None:
+        state: OrderedDict[str, Any] = OrderedDict()
+        for raw, target, part, path, in_place in parts:
+            # The parameter itself where it has been read into: copying it onto itself costs nothing.
+            state[raw] = target if in_place else source.decode(part, path)
+        if isinstance(versions := note.get("versions"), Mapping):
+            state._metadata = {raw[:-1]: {"version": versions.get(own, 1)} for raw, own, _ in modules(module)}  # type: ignore[attr-defined]
+        module.load_state_dict(state) if complete else module.load_state_dict(state, strict=False)
+
+    fitting.fillings.append(Filling(FIRST, where, [(part, path) for _, _, part, path, _ in parts], fill))
+
+
+def _fit_tensor(fitting: Fitting, where: str, target: torch.Tensor, tree: Tree) -> None:
+    if problem := misfit(target, tree):
+        fitting.differences.add("mismatched", where, [f"{where} {problem}"])
+        return
+    _note_cast(fitting, where, target, tree)
+    in_place = fitting.offer(tree, target)
+
+    def fill(source: Source) -> None:
+        if not in_place:
+            target.copy_(source.tensor(tree))
+
+    fitting.fillings.append(Filling(FIRST, where, [(tree, where)], fill))
+
+
+def _fit_object(fitting: Fitting, where: str, target: Any, tree: Tree, note: Mapping[str, Any]) -> None:
+    if isinstance(target, Optimizer):
+        filler = fit_optimizer(fitting, where, target, tree, note)
+        if filler is not None:
+            fitting.fillings.append(Filling(OPTIMIZER, where, [(tree, where)], filler))
+        return
+    problem = None
+    if isinstance(target, LRScheduler):
+        problem = another_class(target, note)
+    elif isinstance(target, torch.amp.GradScaler) and target.is_enabled() != bool(items(tree)):
+        now, then = ("enabled", "disabled") if target.is_enabled() else ("disabled", "enabled")
+        problem = f"was {then} when it was saved and is {now} here; build GradScaler(enabled=...) as it was, or skip it"
+    if problem:
+        fitting.differences.add("mismatched", where, [f"{where} {problem}"])
+        return
+    order = SCHEDULER if isinstance(target, LRScheduler) else LOADER if isinstance(target, DataLoader) else OTHER
+    fill: Callable[[Source], None] = lambda source: target.load_state_dict(source.decode(tree, where))  # noqa: E731
+    fitting.fillings.append(Filling(order, where, [(tree, where)], fill))
+
+
+def _step(key: Any) -> Any:
+    return key if isinstance(key, str | int) else [key]
+
+
+def _fit_dict(
+    fitting: Fitting, where: str, target: dict[Any, Any], tree: Tree, note: Mapping[str, Any], within: str
+) -> None:
+    stored = items(tree)
+    if stored is None:
+        fitting.differences.add("mismatched", where, [f"{where} is no dict in the checkpoint"])
+        return
+    fitting.differences.add("missing", where, [join("", [_step(key)]) for key in target if key not in stored])
+    plain: list[tuple[Any, Tree, str]] = []
+    for key, part in stored.items():
+        path = join(where, [_step(key)])
+        if key in target and is_target(target[key]):
+            fit(fitting, path, target[key], part, note, join(within, [_step(key)]))
+        elif is_unsaved(part):
+            fitting.differences.unsaved.append(path)
+        else:
+            plain.append((key, part, path))
+
+    def fill(source: Source) -> None:
+        for key, part, path in plain:
+            target[key] = source.place(part, path)
+
+    fitting.fillings.append(Filling(FIRST, where, [(part, path) for _, part, path in plain], fill))
+
+
+def _fit_sequence(fitting: Fitting, where: str, target: Any, tree: Tree, note: Mapping[str, Any], within: str) -> None:
+    stored = elements(tree)
+    if stored is None:
+        fitting.differences.add("mismatched", where, [f"{where} is no list in the checkpoint"])
+        return
+    paths = [join(where, [i]) for i in range(len(stored))]
+    if not any(map(is_target, target)):  # plain data: the list becomes what it was
+
+        def refill(source: Source) -> None:
+            target[:] = [source.place(part, path) for part, path in zip(stored, paths, strict=True)]
+
+        fitting.fillings.append(Filling(FIRST, where, list(zip(stored, paths, strict=True)), refill))
+        return
+    if len(stored) != len(target):
+        problem = f"{where} has {len(stored)} items in the checkpoint and {len(target)} in the object"
+        fitting.differences.add("mismatched", where, [problem])
+        return
+    plain: list[tuple[int, Tree, str]] = []
+    for i, part in enumerate(stored):
+        if is_target(target[i]):
+            fit(fitting, paths[i], target[i], part, note, join(within, [i]))
+        else:
+            plain.append((i, part, paths[i]))
+
+    def fill(source: Source) -> None:
+        for i, part, path in plain:
+            target[i] = source.place(part, path)
+
+    fitting.fillings.append(Filling(FIRST, where, [(part, path) for _, part, path in plain], fill))

@@ -1,0 +1,137 @@
+"""How does a stored state get back into live objects? Compare everything first, then fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+
+from ..errors import CheckpointError, ConfigError, DamagedError, StateMismatchError
+from .capturing import named_modules
+from .filling import Fitting, Source
+from .fitting import fit, is_target
+from .names import parameter_names
+from .plain_tags import is_unsaved
+from .snapshot import StoredState, StoredTensor
+from .trees import Needs
+
+Fetch: TypeAlias = Callable[..., dict[StoredTensor, torch.Tensor]]
+Objects: TypeAlias = Callable[[], Mapping[str, Any]]
+
+
+def match(
+    targets: Mapping[str, Any], stored: StoredState, *, strict: bool = True, skip: Collection[str] = ()
+) -> RestorePlan:
+    """Compare the targets with a checkpoint; touches neither.
+
+    A target is an object with `load_state_dict()`, a tensor, or a dict, list or tuple of such,
+    under its entry's name; entries in `skip` are left out. Plain values within a dict or list
+    are replaced there, and a dict gets the checkpoint's further keys.
+
+    Raises `StateMismatchError` with every missing, unexpected and misshapen key of all targets; with
+    `strict=False` what fits goes into the plan and the rest into its reports. Raises
+    `ConfigError` for a target that can't be filled and for unknown names in `skip`.
+    """
+    if unknown := [name for name in skip if name not in targets and name not in stored.entries and name != "rng"]:
+        raise ConfigError(f"skip: no entry {', '.join(map(repr, unknown))}; there are {', '.join(stored.entries)}, rng")
+    claimed = {name: target for name, target in targets.items() if name not in skip}
+    for name, target in claimed.items():
+        if not is_target(target):
+            raise ConfigError(
+                f"{name} is a {type(target).__qualname__}, which can't be filled in place; leave it out and take it "
+                "from the values that come back"
+            )
+    fitting = Fitting(parameter_names(named_modules(claimed)), list(stored.entries))
+    # Modules first: what they say of their parameters is needed to fit optimizers.
+    for name, target in sorted(claimed.items(), key=lambda item: not isinstance(item[1], torch.nn.Module)):
+        if name in stored.entries:
+            fit(fitting, name, target, stored.entries[name], stored.notes.get(name, {}))
+        else:
+            fitting.differences.no_entry(name)
+    if strict and fitting.differences:
+        raise StateMismatchError(fitting.differences.text())
+    return RestorePlan(fitting)
+
+
+class RestorePlan:
+    """What `apply` will fill. `missing`, `unexpected` and `mismatched` name what it will not, as
+    "entry.key" (values that could not be saved are missing even when strict); `casts` the
+    tensors that change their dtype on the way."""
+
+    def __init__(self, fitting: Fitting) -> None:
+        self._fitting = fitting
+        self._needs = fitting.needs()
+        differences = fitting.differences
+        differences.unsaved += self._needs.unsaved
+        self.missing = differences.names("missing")
+        self.unexpected = differences.names("unexpected")
+        self.mismatched = differences.names("mismatched")
+        self.casts = tuple(differences.casts)
+
+    def apply(self, fetch: Fetch, objects: Objects | None = None, map_location: str | torch.device = "cpu") -> None:
+        """Read the tensors, straight into the targets' memory where that can be, and fill the
+        targets: modules, then optimizers, schedulers, and data loaders last. Blocks.
+
+        `fetch` is `StoredState.fetch`; `objects` is `StoredState.objects`, or None when the
+        checkpoint is not trusted. `map_location` is where tensors go that are plain values of a
+        container. Raises `StateMismatchError` before anything is touched when pickled values are
+        needed but not trusted, or naming the entry when a `load_state_dict()` fails; `DamagedError`
+        when reading finds damage, with targets possibly half filled.
+        """
+        pickled = _trusted(self._needs, objects)
+        memory = self._fitting.memory
+        wanted = {leaf: memory.get(leaf) for leaf in self._needs.tensors}
+        source = Source(fetch(wanted), memory, pickled, map_location)
+        for filling in sorted(self._fitting.fillings, key=lambda one: one.order):
+            try:
+                with torch.no_grad():
+                    filling.fill(source)
+            except CheckpointError:
+                raise
+            except Exception as exc:
+                raise StateMismatchError(
+                    f"{filling.where}: its load_state_dict() refused what the checkpoint holds: {exc}. "
+                    "The objects may be partly filled"
+                ) from exc
+
+
+def unclaimed(stored: StoredState, targets: Collection[str]) -> list[str]:
+    """The checkpoint's entries that no target has the name of."""
+    return [name for name in stored.entries if name not in targets]
+
+
+def materialize(
+    stored: StoredState,
+    names: Iterable[str],
+    fetch: Fetch,
+    objects: Objects | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    """The values of entries, their tensors new on `device`; ties stay ties. Blocks.
+
+    An entry that could not be saved is left out. Raises `StateMismatchError` when pickled values
+    are needed and `objects` is None, or a class is not imported; `DamagedError`.
+    """
+    needs = Needs()
+    trees = {name: stored.entries[name] for name in names}
+    for name, tree in trees.items():
+        needs.add(tree, name)
+    pickled = _trusted(needs, objects)
+    source = Source(fetch(dict.fromkeys(needs.tensors), device), {}, pickled, device)
+    return {name: source.decode(tree, name) for name, tree in trees.items() if not is_unsaved(tree)}
+
+
+def _trusted(needs: Needs, objects: Objects | None) -> Mapping[str, Any]:
+    if not needs.objects:
+        return {}
+    if objects is None:
+        raise StateMismatchError(
+            f"these values were pickled, and loading them runs code from the checkpoint: {', '.join(needs.objects)}. "
+            "Pass trust_pickle=True if you trust where it comes from, "
+            "or leave their entries out with skip=[...] or only=[...]"
+        )
+    values = objects()
+    if lost := [path for path in needs.objects if path not in values]:
+        raise DamagedError(f"the checkpoint's pickled objects lack {', '.join(lost)}")
+    return values

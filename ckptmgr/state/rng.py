@@ -1,0 +1,101 @@
+"""Where do this process's random generators stand, and how do they get back there?
+
+Python's, NumPy's global one where NumPy is in use, torch's on the CPU and on every device in use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import DamagedError
+from .codec import decode, encode
+from .snapshot import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class RngReport:
+    """Which generators go on where they were saved, and which do not, each with the reason."""
+
+    restored: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+def capture_rng() -> Tree:
+    """The tree of all generators of this process. Starts no device that is not yet in use."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if numpy := sys.modules.get("numpy"):
+        state["numpy"] = numpy.random.get_state(legacy=False)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.xpu.is_initialized():  # type: ignore[no-untyped-call]
+        state["xpu"] = torch.xpu.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return encode(state, path="rng")
+
+
+def restore_rng(tree: Tree) -> RngReport:
+    """Put the generators back. Those without their device or library here are skipped and reported.
+
+    Raises `DamagedError` for a tree that `capture_rng` did not make.
+    """
+    if not isinstance(tree, dict):
+        raise DamagedError("the random generators' state is not a mapping")
+    restored: list[str] = []
+    skipped: list[str] = []
+    for name, saved in tree.items():
+        try:
+            _restore_one(name, decode(saved, path=f"rng.{name}"), restored, skipped)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as exc:
+            raise DamagedError(f"the state of random generator {name!r} can't be put back: {exc!r}") from exc
+    return RngReport(tuple(restored), tuple(skipped))
+
+
+def _restore_one(name: str, state: Any, restored: list[str], skipped: list[str]) -> None:
+    if name == "python":
+        random.setstate(state)
+    elif name == "torch":
+        torch.set_rng_state(state)
+    elif name == "numpy":
+        try:
+            numpy = importlib.import_module("numpy")
+        except ImportError:
+            skipped.append("numpy: not installed here")
+            return
+        numpy.random.set_state(state)
+    elif name == "mps":
+        if not torch.backends.mps.is_available():
+            skipped.append("mps: no such device here")
+            return
+        torch.mps.set_rng_state(state)
+    elif name in ("cuda", "xpu"):
+        backend = torch.cuda if name == "cuda" else torch.xpu
+        _restore_devices(name, state, backend.device_count(), backend.set_rng_state, restored, skipped)
+        return
+    else:
+        skipped.append(f"{name}: not known to this version of ckptmgr")
+        return
+    restored.append(name)
+
+
+def _restore_devices(
+    name: str,
+    states: list[torch.Tensor],
+    count: int,
+    put_back: Callable[[torch.Tensor, int], None],
+    restored: list[str],
+    skipped: list[str],
+) -> None:
+    for index, state in enumerate(states):
+        if index < count:
+            put_back(state, index)
+            restored.append(f"{name}:{index}")
+        else:
+            skipped.append(f"{name}:{index}: no such device here")
