@@ -200,7 +200,8 @@ class CheckpointInfo:
     """A committed checkpoint as a listing sees it.
 
     `name` is its folder below the root; `damaged` says why it can't be trusted, or is None;
-    `manifest` is None only where the manifest itself can't be read.
+    `manifest` is None only where the manifest itself can't be read: only then `attempt` counts,
+    which like the step is what the folder's name and its neighbours let guess.
     """
 
     name: str
@@ -208,13 +209,14 @@ class CheckpointInfo:
     manifest: Manifest | None
     damaged: str | None = None
     pins: tuple[Pin, ...] = ()
+    attempt: int = 0
 
     @property
     def order(self) -> tuple[int, int, float]:
         """Newest has the highest. A later attempt comes after any step of an earlier one: it went
         on from an older step on purpose, or the earlier one was fenced off."""
         if self.manifest is None:
-            return (0, self.step, 0.0)
+            return (self.attempt, self.step, 0.0)
         return (self.manifest.attempt, self.step, self.manifest.time.timestamp())
 
     @property

@@ -80,18 +80,15 @@ class Repository:
         else:
             with ThreadPoolExecutor(_READERS, "ckptmgr-list") as pool:
                 found = list(pool.map(self._info, folders))
-        infos = []
-        for info in filter(None, found):
+        infos, attempt = [], 0
+        for info in sorted(filter(None, found), key=lambda info: (info.step, info.manifest is None)):
+            # One that can't be read counts as written by whoever wrote the step before it.
+            attempt = info.manifest.attempt if info.manifest else attempt
             nonce = info.manifest.nonce if info.manifest else ""
-            infos.append(
-                CheckpointInfo(
-                    info.name,
-                    info.step,
-                    info.manifest,
-                    info.damaged or marks.get((info.name, nonce)),
-                    tuple(pin for pin in pins if pin.step == info.step),
-                )
-            )
+            damaged = info.damaged or marks.get((info.name, nonce))
+            held = tuple(pin for pin in pins if pin.step == info.step)
+            guess = attempt if info.manifest is None else 0
+            infos.append(CheckpointInfo(info.name, info.step, info.manifest, damaged, held, guess))
         return sorted(infos, key=lambda info: info.order, reverse=True)
 
     def _info(self, name: str) -> CheckpointInfo | None:

@@ -1,0 +1,81 @@
+"""What is in a root? The questions that need no lock, for the manager and for readers beside it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from .config import CheckpointConfig
+from .errors import DamagedError
+from .manifest import CheckpointInfo
+from .resumption import Reader
+from .run import Run
+from .source import Problem
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger("ckptmgr.catalog")
+
+
+class Catalog:
+    """One run's checkpoints as the store has them now, never from memory."""
+
+    def __init__(self, run: Run, config: CheckpointConfig) -> None:
+        self._run = run
+        self._reader = Reader(run.repository, config.verify.on_resume, config.trust_pickle)
+
+    def all_steps(self) -> list[int]:
+        """Steps of all checkpoints not known damaged, ascending; from the store."""
+        return sorted({info.step for info in self._run.infos() if info.damaged is None})
+
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint not known damaged, or None; from the store."""
+        return next((info.step for info in self._run.infos() if info.damaged is None), None)
+
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint by the first `keep.best`, or None; from the store. Raises
+        `ConfigError` when the config names no metric."""
+        best = self._run.best(self._run.infos())
+        return None if best is None else best.step
+
+    def info(self, step: int | str = "latest") -> CheckpointInfo:
+        """What the store says of a checkpoint. Raises `NotFoundError`."""
+        return self._run.find(step, self._run.infos())
+
+    def verify(self, step: int | str = "latest", level: str = "full") -> list[Problem]:
+        """What is wrong with a checkpoint's files: `size` compares sizes, `full` reads every byte. Blocks."""
+        return self._run.repository.verify(self.info(step), level)
+
+    def load(
+        self,
+        step: int | str = "latest",
+        *,
+        only: Sequence[str] | None = None,
+        map_location: str | torch.device = "cpu",
+    ) -> dict[str, Any]:
+        """The state of a checkpoint as nested data, without targets; for inference and inspection.
+
+        `step` is a number, "latest", "best" (by the first `keep.best`), or a tag; `only` names the
+        entries wanted. Blocks; needs no lock and changes nothing. For "latest", damaged ones are
+        passed over with a warning. Raises `NotFoundError`, `DamagedError`, `StateMismatchError`.
+        """
+        infos = self._run.infos()
+        failures: list[DamagedError] = []
+        for info in infos if step == "latest" and infos else [self._run.find(step, infos)]:
+            try:
+                return self._reader.load(info, only, map_location)
+            except DamagedError as exc:
+                failures.append(exc)
+                _log.warning("load.skip.damaged step=%d url=%s/%s cause=%s", info.step, self._run.url, info.name, exc)
+        raise failures[0]
+
+    def pin(self, step: int | str, tag: str | None = None, ttl: timedelta | None = None) -> None:
+        """Keep a checkpoint from every keep rule, for ever or for `ttl`. Needs no lock."""
+        self._run.repository.pin(self.info(step), tag, None if ttl is None else datetime.now(UTC) + ttl)
+
+    def unpin(self, step: int | str, tag: str | None = None) -> int:
+        """Remove a checkpoint's pins, or the one with a tag; answers how many there were."""
+        return self._run.repository.unpin(self.info(step).step, tag)

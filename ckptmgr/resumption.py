@@ -1,0 +1,148 @@
+"""What did a resume restore, and from where? Reading a checkpoint back into live objects."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .errors import DamagedError, NotFoundError
+from .formats import open_format
+from .manifest import CheckpointInfo, Manifest
+from .repository import Repository
+from .state import RngReport, match, materialize, restore_rng
+from .state.snapshot import StoredState
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger("ckptmgr.resume")
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A checkpoint that resume passed over, and why."""
+
+    step: int
+    url: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What `resume` restored; falsy on a fresh run, where `step` and `epoch` are 0.
+
+    `values` holds the checkpoint's entries that no target claimed, tensors included; `skipped` the
+    newer checkpoints that were damaged; `missing` and `unexpected` the keys that did not match
+    (only with strict=False), as "entry.key"; `rng` which random generators go on where they were.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, Any] = field(default_factory=dict)
+    skipped: tuple[Skipped, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    rng: RngReport = field(default_factory=RngReport)
+    url: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.url is not None
+
+
+class Reader:
+    """Opens checkpoints of a repository as states. Methods block and raise `DamagedError`,
+    `StateMismatchError`, `StoreError`."""
+
+    def __init__(self, repository: Repository, level: str, trust_pickle: bool) -> None:
+        self._repository, self._level, self._trust_pickle = repository, level, trust_pickle
+
+    def restore_first(
+        self,
+        candidates: Sequence[CheckpointInfo],
+        targets: Mapping[str, Any],
+        strict: bool,
+        skip: Sequence[str],
+        map_location: str | torch.device,
+        mark: Callable[[CheckpointInfo, str], None],
+    ) -> tuple[CheckpointInfo, Resumed] | None:
+        """Restore the first of the candidates that is not damaged; `mark` hears of each that is.
+        None without candidates; `DamagedError` listing all when none is left."""
+        skipped: list[Skipped] = []
+        for info in candidates:
+            try:
+                return info, self._restore(info, targets, strict, skip, map_location, tuple(skipped))
+            except DamagedError as exc:
+                url = f"{self._repository.store.url}/{info.name}"
+                _log.warning("resume.skip.damaged step=%d url=%s cause=%s", info.step, url, exc)
+                mark(info, str(exc))
+                skipped.append(Skipped(info.step, url, str(exc)))
+        if not skipped:
+            return None
+        listed = "\n".join(f"  step {one.step}: {one.reason}" for one in skipped)
+        raise DamagedError(
+            f"{self._repository.store.url} holds checkpoints but what was asked for can't be loaded, and the objects "
+            f"passed in may be partly overwritten:\n{listed}\nPut a sound copy in place, name another with "
+            "resume(step=...), or pass fresh=True to archive them and start over"
+        )
+
+    def _restore(
+        self,
+        info: CheckpointInfo,
+        targets: Mapping[str, Any],
+        strict: bool,
+        skip: Sequence[str],
+        map_location: str | torch.device,
+        skipped: tuple[Skipped, ...],
+    ) -> Resumed:
+        """Fill the targets; random generators last. Everything that does not fit is raised before
+        anything is touched; damage may be found after."""
+        manifest, stored = self._open(info)
+        objects = stored.objects if self._trust_pickle else None
+        plan = match(targets, stored, strict=strict, skip=skip)
+        plan.apply(stored.fetch, objects=objects, map_location=map_location)
+        rest = [name for name in stored.entries if name not in targets and name not in skip]
+        values = materialize(stored, rest, stored.fetch, objects=objects, device=map_location)
+        rng = restore_rng(stored.rng) if stored.rng is not None and "rng" not in skip else RngReport()
+        return Resumed(
+            info.step,
+            manifest.epoch or 0,
+            manifest.metrics,
+            values,
+            skipped,
+            tuple(plan.missing),
+            tuple(plan.unexpected),
+            rng,
+            f"{self._repository.store.url}/{info.name}",
+        )
+
+    def load(
+        self, info: CheckpointInfo, only: Sequence[str] | None, map_location: str | torch.device
+    ) -> dict[str, Any]:
+        """Entries as nested data. Raises `NotFoundError` for an entry that isn't there."""
+        _, stored = self._open(info)
+        names = list(stored.entries) if only is None else list(only)
+        if unknown := [name for name in names if name not in stored.entries]:
+            raise NotFoundError(
+                f"{self._repository.store.url}/{info.name} has no entry {', '.join(unknown)}; "
+                f"it has {', '.join(stored.entries)}"
+            )
+        objects = stored.objects if self._trust_pickle else None
+        return materialize(stored, names, stored.fetch, objects=objects, device=map_location)
+
+    def _open(self, info: CheckpointInfo) -> tuple[Manifest, StoredState]:
+        if info.damaged is not None or info.manifest is None:
+            raise DamagedError(info.damaged or "its manifest can't be read")
+        source = self._repository.open(info, self._level)
+        # What is on disk decides how it is read, not today's config.
+        return info.manifest, open_format(info.manifest.format).open(source)
+
+
+def warn_if_unhealthy(info: CheckpointInfo, infos: Sequence[CheckpointInfo]) -> None:
+    """Say so when what was restored holds non-finite values, and where the last that doesn't is."""
+    if info.manifest is not None and not info.manifest.healthy:
+        healthy = [i for i in infos if i.order < info.order and i.damaged is None and i.manifest and i.manifest.healthy]
+        way_out = f"; resume(step={healthy[0].step}) goes back to the last healthy one" if healthy else ""
+        _log.warning("resume.unhealthy step=%d: it was saved with non-finite values%s", info.step, way_out)

@@ -1,0 +1,375 @@
+"""Resume returns the newest good checkpoint, bit for bit, says what it skipped, and never starts fresh silently."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ckptmgr import (
+    CheckpointManager,
+    DamagedError,
+    FormatVersionError,
+    NotFoundError,
+    StateMismatchError,
+    StoreError,
+)
+from ckptmgr.testing import MemoryStore
+
+
+def network(width: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Dropout(0.5), nn.Linear(width, 1))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 3)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def manager(root: Any, **overrides: Any) -> CheckpointManager:
+    settings: dict[str, Any] = {"background": False, "run": "test", "keep": {"last": None}}
+    if isinstance(root, MemoryStore):
+        return CheckpointManager("memory-store:", store=root, **{**settings, **overrides})
+    return CheckpointManager(str(root), **{**settings, **overrides})
+
+
+def snapshots(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Steps 1 to 4 of a network and its optimizer."""
+    torch.manual_seed(0)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with manager(tmp_path / "run") as mgr:
+        for step in (1, 2, 3, 4):
+            train(model, optimizer, 1)
+            mgr.save(
+                {"model": model, "optimizer": optimizer, "tokens": 100 * step}, step, epoch=1, metrics={"loss": 0.5}
+            )
+    return tmp_path / "run"
+
+
+def spoil(root: Path, step: int, name: str = "model.safetensors") -> None:
+    path = root / f"step-{step:08d}" / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("format", ["safetensors", "torch"])
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, format: str, background: bool) -> None:
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)
+    model, steps = network(), 6
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    with manager(tmp_path, format=format, background=background) as mgr:
+        train(model, optimizer, steps)
+        scheduler.step()
+        mgr.save({"model": model, "optimizer": optimizer, "scheduler": scheduler, "tokens": 7}, steps, epoch=2)
+    losses = train(model, optimizer, steps)
+    draws = (random.random(), np.random.rand(), torch.rand(1).item())
+
+    other = network()
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.5)
+    other_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(other_optimizer, 3)
+    start = manager(tmp_path).resume(other, other_optimizer, scheduler=other_scheduler)
+    assert (start.step, start.epoch, start.values, bool(start)) == (steps, 2, {"tokens": 7}, True)
+    assert set(start.rng.restored) >= {"python", "numpy", "torch"}
+    assert other_scheduler.last_epoch == 1
+    assert train(other, other_optimizer, steps) == losses
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == draws
+    assert same(snapshots(model), snapshots(other))
+
+
+def test_a_fresh_root_answers_falsy_and_touches_nothing(tmp_path: Path) -> None:
+    model = network()
+    before = snapshots(model)
+    start = manager(tmp_path).resume(model, torch.optim.AdamW(model.parameters()))
+    assert (bool(start), start.step, start.epoch, start.values, start.url) == (False, 0, 0, {}, None)
+    assert same(before, snapshots(model))
+
+
+def test_without_targets_the_whole_state_is_in_values(root: Path) -> None:
+    values = manager(root).resume().values
+    assert list(values) == ["model", "optimizer", "tokens"]
+    assert values["tokens"] == 400
+    assert values["model"]["0.weight"].shape == (4, 3)
+    assert values["optimizer"]["state"][0]["step"] == 4
+
+
+def test_resume_of_the_model_alone_leaves_the_rest_in_values(root: Path) -> None:
+    model = network()
+    start = manager(root).resume(model)
+    assert sorted(start.values) == ["optimizer", "tokens"]
+    assert same(snapshots(model), manager(root, read_only=True).load()["model"])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_skipped_reported_and_marked(
+    root: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = manager(root, read_only=True).load(3)["model"]
+    spoil(root, 4, name)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with manager(root) as mgr:
+        start = mgr.resume(model, optimizer)
+        assert start.step == 3
+        assert same(snapshots(model), expected)
+        (skipped,) = start.skipped
+        assert skipped.step == 4
+        assert name in skipped.reason or "manifest" in skipped.reason
+        assert "resume.skip.damaged step=4" in caplog.text
+        assert mgr.latest_step() == 3
+        mgr.save({"model": model}, 4)  # the damaged one does not stand in the way
+        assert mgr.all_steps() == [1, 2, 3, 4]
+    with manager(root) as again:
+        assert again.resume(network()).step == 4
+
+
+def test_a_missing_file_is_damage(root: Path) -> None:
+    (root / "step-00000004" / "model.safetensors").unlink()
+    start = manager(root).resume(network())
+    assert start.step == 3
+    assert "model.safetensors: missing" in start.skipped[0].reason
+
+
+def test_when_nothing_can_be_loaded_it_is_an_error_that_lists_why(root: Path) -> None:
+    for step in (1, 2, 3, 4):
+        spoil(root, step)
+    with pytest.raises(DamagedError, match=r"(?s)can't be loaded.*step 4: .*step 1: .*resume\(step=...\).*fresh=True"):
+        manager(root).resume(network())
+    with pytest.raises(DamagedError):  # still, now that they are marked
+        manager(root).resume(network())
+
+
+def test_damage_that_is_repaired_by_hand_can_be_loaded_by_step(root: Path) -> None:
+    spoil(root, 4)
+    with manager(root) as mgr:
+        assert mgr.resume(network()).step == 3
+    with manager(root, read_only=True) as reader, pytest.raises(DamagedError):
+        reader.resume(network(), step=4)
+
+
+def test_retention_keeps_the_damaged_until_enough_good_ones_are_newer(root: Path) -> None:
+    spoil(root, 4)
+    with manager(root, keep={"last": 2}) as mgr:
+        mgr.resume(network())
+        assert mgr.info(4).damaged is not None
+        mgr.save({"x": 1}, 5)
+        assert mgr.info(4).damaged is not None
+        mgr.save({"x": 1}, 6)
+        assert mgr.all_steps() == [5, 6]
+        with pytest.raises(NotFoundError):
+            mgr.info(4)
+
+
+def test_going_back_to_a_step_archives_the_newer_ones(root: Path) -> None:
+    model = network()
+    with manager(root) as mgr:
+        assert mgr.resume(model, step=2).step == 2
+        assert mgr.all_steps() == [1, 2]
+        assert (root / "latest").read_text() == "step-00000002\n"
+        mgr.save({"model": model}, 3)
+        assert mgr.info(3).manifest.parent == 2  # type: ignore[union-attr]
+    assert (root / "step-00000003" / "model.safetensors").exists()
+    assert (root / "step-00000003.2" / "manifest.json").exists()
+    with manager(root) as again:
+        assert again.resume(network()).url == str(root / "step-00000003.2")
+
+
+def test_a_step_that_is_not_there_is_an_error_that_says_what_is(root: Path) -> None:
+    with pytest.raises(NotFoundError, match=r"no checkpoint step 9 in .*; steps there: 4, 3, 2, 1"):
+        manager(root).resume(network(), step=9)
+
+
+def test_resume_takes_best_and_tags(tmp_path: Path) -> None:
+    with manager(tmp_path, keep={"last": None, "best": {"metric": "loss", "mode": "min"}}) as mgr:
+        for step, loss in ((1, 0.5), (2, 0.0), (3, 0.7)):
+            mgr.save({"x": step}, step, metrics={"loss": loss}, tags=[f"t{step}"])
+        assert mgr.load("best") == {"x": 2}
+        assert mgr.load("t3") == {"x": 3}
+        assert mgr.all_steps() == [2, 3]  # the best and the newest
+        assert mgr.resume(step="best").values == {"x": 2}
+        assert mgr.all_steps() == [2]
+
+
+def test_everything_that_does_not_fit_is_listed_and_nothing_is_touched(root: Path) -> None:
+    model = network(width=5)
+    model.append(nn.Linear(1, 1))
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = snapshots(model)
+    with pytest.raises(StateMismatchError) as caught:
+        manager(root).resume(model, optimizer)
+    text = str(caught.value)
+    for words in ("0.weight", "(4, 3)", "(5, 3)", "3.weight", "4.weight", "4.bias", "strict=False", "skip="):
+        assert words in text, text
+    assert "\n" in text
+    assert same(before, snapshots(model))
+    assert optimizer.state == {}
+
+
+def test_strict_false_loads_what_fits_and_reports_the_rest(root: Path) -> None:
+    stored = manager(root, read_only=True).load()["model"]
+    model = network()
+    model.append(nn.Linear(1, 1))
+    start = manager(root).resume(model, strict=False)
+    assert {"model.4.weight", "model.4.bias"} <= set(start.missing)
+    assert torch.equal(model[0].weight, stored["0.weight"])
+
+
+def test_skip_leaves_an_entry_alone(root: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    start = manager(root).resume(model, optimizer, skip=["optimizer", "rng"])
+    assert start.step == 4
+    assert optimizer.state == {}
+    assert "optimizer" not in start.values
+    assert start.rng.restored == ()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_map_location_says_where_values_go(root: Path) -> None:
+    values = manager(root).resume(map_location="meta").values
+    assert values["model"]["0.weight"].device.type == "meta"
+
+
+def test_today_s_config_does_not_decide_how_old_ones_are_read(root: Path) -> None:
+    with manager(root, format="torch", name="s{step}") as mgr:
+        assert mgr.resume(network()).step == 4
+        mgr.save({"model": network()}, 5)
+    with manager(root) as mgr:
+        assert mgr.resume(network()).url == str(root / "s5")
+
+
+def test_a_store_that_is_down_is_not_mistaken_for_damage_or_for_nothing() -> None:
+    class Flaky(MemoryStore):
+        down: Callable[[str], bool] = staticmethod(lambda key: False)
+
+        def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+            if self.down(key):
+                raise StoreError("connection reset")
+            return super().get(key, start, end)
+
+        def list(self, folder: str = "", *, recursive: bool = False) -> Any:
+            if self.down(folder):
+                raise StoreError("connection reset")
+            return super().list(folder, recursive=recursive)
+
+    store = Flaky()
+    with manager(store) as mgr:
+        for step in (1, 2):
+            mgr.save({"x": torch.ones(2)}, step)
+    for broken in (
+        lambda key: key.endswith(".safetensors"),
+        lambda key: key.endswith("manifest.json"),
+        lambda key: not key,
+    ):
+        store.down = broken
+        with manager(store) as mgr, pytest.raises(StoreError, match="connection reset"):
+            mgr.resume()
+        store.down = lambda key: False
+        with manager(store, read_only=True) as reader:
+            assert reader.all_steps() == [1, 2]
+            assert reader.info(2).damaged is None
+
+
+def test_a_newer_format_stops_the_resume(root: Path) -> None:
+    (root / "step-00000009").mkdir()
+    (root / "step-00000009" / "manifest.json").write_text('{"format_version": 2}')
+    with pytest.raises(FormatVersionError, match="version 2; this ckptmgr reads up to 1"):
+        manager(root).resume(network())
+
+
+def test_pickled_objects_need_trust(tmp_path: Path) -> None:
+    with manager(tmp_path) as mgr, pytest.warns(UserWarning, match=r"extra\.fn.*trust_pickle"):
+        mgr.save({"x": torch.ones(1), "extra": {"fn": print, "n": 3}}, 1)
+    with pytest.raises(StateMismatchError, match=r"extra\.fn.*trust_pickle=True"):
+        manager(tmp_path).resume()
+    assert manager(tmp_path, read_only=True).load(only=["x"])["x"] == 1
+    assert manager(tmp_path, read_only=True).resume(skip=["extra"]).values["x"] == 1
+    assert manager(tmp_path, trust_pickle=True).resume().values["extra"] == {"fn": print, "n": 3}
+
+
+def test_full_verification_reads_every_file_first(root: Path) -> None:
+    spoil(root, 4, "optimizer.safetensors")
+    model = network()
+    start = manager(root, verify={"on_resume": "full"}).resume(model, skip=["optimizer"])
+    assert start.step == 3
+
+
+def test_verification_can_be_left_out(root: Path) -> None:
+    spoil(root, 4)
+    assert manager(root, verify={"on_resume": "size"}, read_only=True).resume(network()).step == 4
+
+
+def test_a_healthy_older_one_is_named_when_the_newest_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with manager(tmp_path) as mgr:
+        mgr.save({"x": 1}, 1)
+        mgr.save({"x": 2}, 2, metrics={"loss": float("nan")})
+    assert manager(tmp_path).resume().step == 2
+    assert "resume.unhealthy step=2" in caplog.text
+    assert "resume(step=1)" in caplog.text
+
+
+def test_loading_latest_passes_over_the_damaged_and_an_exact_step_does_not(root: Path) -> None:
+    spoil(root, 4)
+    reader = manager(root, read_only=True)
+    assert reader.load()["tokens"] == 300
+    with pytest.raises(DamagedError, match=r"step-00000004/model\.safetensors"):
+        reader.load(4)
+    assert reader.info(4).damaged is None  # a reader leaves no mark
+    for step in (1, 2, 3):
+        spoil(root, step)
+    with pytest.raises(DamagedError, match="step-00000004"):
+        reader.load()
+
+
+def test_loading_from_an_empty_root_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="steps there: none"):
+        manager(tmp_path, read_only=True).load()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_best_needs_a_metric(root: Path) -> None:
+    reader = manager(root, read_only=True)
+    with pytest.raises(ValueError, match=r'"best" needs a metric: set keep\.best'):
+        reader.load("best")
+    other = manager(root, read_only=True, keep={"best": {"metric": "accuracy", "mode": "max"}})
+    assert other.best_step() is None
+    with pytest.raises(NotFoundError, match="finite value"):
+        other.load("best")
+
+
+def test_a_checkpoint_folder_can_be_copied_and_still_resumes(root: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(root / "step-00000003", copy / "step-00000003")
+    model = network()
+    assert manager(copy).resume(model).step == 3
+    assert same(snapshots(model), manager(root, read_only=True).load(3)["model"])
