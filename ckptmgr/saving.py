@@ -129,7 +129,7 @@ def as_floats(metrics: Mapping[str, Any] | None) -> Mapping[str, float]:
     values = {}
     for name, value in (metrics or {}).items():
         try:
-            values[str(name)] = float(value)
+            values[str(name)] = float(value.detach() if isinstance(value, torch.Tensor) else value)
         except (TypeError, ValueError, RuntimeError) as exc:
             raise ConfigError(f"metric {name!r} is {value!r:.100}, not a number: {exc}") from exc
     return values

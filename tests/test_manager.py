@@ -25,7 +25,7 @@ from ckptmgr import (
     SaveFailedError,
     StoreError,
 )
-from ckptmgr.testing import MemoryStore, SlowStore
+from ckptmgr.testing import Crash, CrashingStore, MemoryStore, SlowStore
 
 
 class Clock:
@@ -122,7 +122,7 @@ def test_a_state_that_is_no_mapping_is_refused(open_manager: Callable[..., Check
 
 def test_metrics_are_numbers_of_any_kind(open_manager: Callable[..., CheckpointManager]) -> None:
     manager = open_manager()
-    manager.save(state(), 1, metrics={"loss": torch.tensor(0.5), "n": 3})
+    manager.save(state(), 1, metrics={"loss": torch.tensor(0.5, requires_grad=True), "n": 3})
     manifest = manager.info(1).manifest
     assert manifest is not None
     assert manifest.metrics == {"loss": 0.5, "n": 3.0}
@@ -582,6 +582,24 @@ def test_rewind_goes_back_and_keeps_the_newer_data(
     assert store.get("latest") == b"step-00000002\n"
     assert saved_steps(manager, range(3, 5)) == [3, 4]
     assert len([key for key in store.objects if "/archive/" in key]) == 2
+
+
+def test_a_rewind_that_dies_half_way_leaves_an_unbroken_branch(open_manager: Callable[..., CheckpointManager]) -> None:
+    for point in range(1, 8):
+        store = MemoryStore()
+        with open_manager(store=store, keep={"last": None}) as manager:
+            for step in range(1, 5):
+                manager.save(state(), step)
+        crashing = CrashingStore(store)
+        dying = open_manager(store=crashing, keep={"last": None})
+        dying.resume()
+        crashing.after = crashing.count + point
+        try:
+            dying.rewind(1)
+        except Crash:
+            left = open_manager(store=store, read_only=True).all_steps()
+            assert left == list(range(1, len(left) + 1))
+            crashing.after, crashing._dead = None, False  # or closing it would die, too
 
 
 def test_retention_that_fails_is_a_warning_and_the_save_stands(
