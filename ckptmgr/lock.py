@@ -15,6 +15,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -53,7 +54,9 @@ def acquire(store: Store, *, floor: int = 0, takeover: bool = False, ttl_s: floa
     """Become the root's writer, with an attempt above `floor`.
 
     Raises `FencedError`, naming the holder, when there is one; `takeover` takes its place instead:
-    whatever it commits from then on counts for nothing.
+    whatever it commits from then on counts for nothing. A lease held from another host blocks
+    until its owner shows that it lives (a third of `ttl_s` seconds) or `ttl_s` seconds are over: a job
+    restarted elsewhere after a preemption goes on by itself.
     """
     if store.path is not None and fcntl is not None:
         try:
@@ -85,16 +88,17 @@ def _process_space() -> str:
         return socket.gethostname()
 
 
-def _is_dead(owner: dict[str, Any]) -> bool:
+def _is_alive(owner: dict[str, Any]) -> bool | None:
+    """Whether the process lives; None for one that can't be seen from here."""
     if owner.get("space") != _process_space() or not isinstance(pid := owner.get("pid"), int):
-        return False
+        return None
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return True
-    except OSError:
         return False
-    return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def _now() -> datetime:
@@ -198,9 +202,16 @@ class Lease:
     """A claim with a heartbeat every third of `ttl_s`, from a thread of its own."""
 
     def __init__(
-        self, store: Store, *, floor: int, takeover: bool, ttl_s: float, now: Callable[[], datetime] = _now
+        self,
+        store: Store,
+        *,
+        floor: int,
+        takeover: bool,
+        ttl_s: float,
+        now: Callable[[], datetime] = _now,
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._store, self._ttl_s, self._now = store, ttl_s, now
+        self._store, self._ttl_s, self._now, self._pause = store, ttl_s, now, pause
         claims = self._claims()
         if claims and not takeover and (owner := self._living_owner(max(claims))) is not None:
             raise _held(store.url, owner)
@@ -224,15 +235,27 @@ class Lease:
         return [int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()]
 
     def _living_owner(self, attempt: int) -> dict[str, Any] | None:
-        """The owner of a claim, or None when it released it, died on this host, or fell silent."""
-        try:
-            owner = _parse(self._store.get(self._key(attempt)))
-            beat = _parse(self._store.get(self._key(attempt, "beat")))
-        except NotFoundError:
-            return None  # just taken over; the create decides
-        if beat.get("released") or _is_dead(owner):
-            return None
-        return None if self._silence_s(attempt, beat) > self._ttl_s else owner
+        """The owner of a claim, or None when it released it, died on this host, or fell silent.
+        Blocks while that can't be told."""
+        first: Any = None
+        while True:
+            try:
+                owner = _parse(self._store.get(self._key(attempt)))
+                beat = _parse(self._store.get(self._key(attempt, "beat")))
+            except NotFoundError:
+                return None  # just taken over; the create decides
+            alive = _is_alive(owner)
+            if beat.get("released") or alive is False or self._silence_s(attempt, beat) > self._ttl_s:
+                return None
+            if alive or (first is not None and beat != first):
+                return owner
+            if first is None:
+                _log.warning(
+                    "lease.wait url=%s holder=%s:%s until it shows a sign of life, %g s at most",
+                    self._store.url, owner.get("host"), owner.get("pid"), self._ttl_s,
+                )  # fmt: skip
+            first = beat
+            self._pause(self._ttl_s / 12)
 
     def _silence_s(self, attempt: int, beat: dict[str, Any]) -> float:
         """Seconds since the last heartbeat, by the store's clock: hosts' clocks may disagree."""

@@ -183,7 +183,8 @@ class CheckpointManager(Catalog):
                     self._save(state, Request(step, epoch, as_floats(metrics), "close()"))
             self.wait(timeout)
         finally:
-            self._let_go()
+            if self._pending is None or self._pending.done():  # after a TimeoutError it stays open
+                self._let_go()
 
     def __enter__(self) -> CheckpointManager:
         return self

@@ -142,14 +142,48 @@ def age_heartbeat(store: MemoryStore, seconds: float) -> None:
             store.objects[key] = (data, modified - seconds)
 
 
-def test_a_silent_lease_runs_out_by_the_clock_of_the_store() -> None:
+def move_holder_elsewhere(store: MemoryStore) -> None:
+    """Makes the holder of the lease a process of another host, which nobody here can see."""
+    claim = ".ckptmgr/lease/0000000001.json"
+    store.put(claim, json.dumps({**json.loads(store.get(claim)), "space": "elsewhere", "host": "spot-7"}).encode())
+
+
+def test_a_job_restarted_elsewhere_waits_until_the_old_lease_runs_out(caplog: pytest.LogCaptureFixture) -> None:
     store = MemoryStore()
-    Lease(store, floor=0, takeover=False, ttl_s=60)
-    age_heartbeat(store, 50)
+    old = Lease(store, floor=0, takeover=False, ttl_s=3600)
+    move_holder_elsewhere(store)
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        age_heartbeat(store, seconds)
+
+    new = Lease(store, floor=0, takeover=False, ttl_s=60, pause=pause)
+    assert new.attempt == 2
+    assert (len(pauses), sum(pauses)) == (12, 60)
+    assert caplog.text.count("lease.wait") == 1
+    assert "spot-7" in caplog.text
     with pytest.raises(FencedError):
-        acquire(store, ttl_s=60)
-    age_heartbeat(store, 20)
-    acquire(store, ttl_s=60).release()
+        old.check()
+    old.release()
+    new.release()
+
+
+def test_a_second_writer_elsewhere_is_refused_as_soon_as_the_holder_shows_a_sign_of_life() -> None:
+    store = MemoryStore()
+    holder = Lease(store, floor=0, takeover=False, ttl_s=3600)
+    move_holder_elsewhere(store)
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 4:
+            holder._beat(released=False)
+
+    with pytest.raises(FencedError, match="on spot-7 since"):
+        Lease(store, floor=0, takeover=False, ttl_s=60, pause=pause)
+    assert pauses == [5.0] * 4
+    holder.release()
 
 
 def test_the_lease_of_a_dead_process_on_this_host_is_free_at_once() -> None:
@@ -160,9 +194,6 @@ def test_the_lease_of_a_dead_process_on_this_host_is_free_at_once() -> None:
     claim = ".ckptmgr/lease/0000000001.json"
     owner = json.loads(store.get(claim))
     store.put(".ckptmgr/lease/0000000001.beat", b'{"released": false}')
-    store.put(claim, json.dumps({**owner, "pid": process.pid, "space": "another machine"}).encode())
-    with pytest.raises(FencedError, match=f"process {process.pid}"):
-        acquire(store)
     store.put(claim, json.dumps({**owner, "pid": process.pid}).encode())
     acquire(store).release()
 

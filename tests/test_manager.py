@@ -338,8 +338,11 @@ def test_a_timeout_says_which_save_is_still_running(
     manager.save(state(), 7)
     with pytest.raises(TimeoutError, match="step 7"):
         manager.wait(0)
+    with pytest.raises(TimeoutError, match="step 7"):
+        manager.close(0)
     gate.set()
-    manager.wait()
+    manager.close()
+    assert open_manager(read_only=True).all_steps() == [7]
 
 
 def test_rotation_keeps_what_the_rules_say(open_manager: Callable[..., CheckpointManager]) -> None:
