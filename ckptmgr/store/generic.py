@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -13,6 +15,7 @@ import fsspec
 from ..errors import ConfigError
 from . import Entry
 from .dialect import Fault, seconds
+from .disk import TempFile
 
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
 
@@ -120,18 +123,18 @@ class GenericDialect:
 class _Upload:
     def __init__(self, dialect: GenericDialect, name: str) -> None:
         self._dialect, self._name = dialect, name
-        self._file = tempfile.NamedTemporaryFile(prefix="ckptmgr-")  # noqa: SIM115 - lives until commit or abort
+        self._file = TempFile(Path(tempfile.gettempdir(), f"ckptmgr-{secrets.token_hex(8)}.tmp"))
 
     def write(self, data: memoryview) -> None:
         self._file.write(data)
 
     def commit(self) -> None:
-        self._file.flush()
-        self._dialect.put_file(self._file.name, self._name)
         self._file.close()
+        self._dialect.put_file(str(self._file.path), self._name)
+        self._file.discard()
 
     def abort(self) -> None:
-        self._file.close()
+        self._file.discard()
 
 
 def _entry(name: str, info: Mapping[str, Any]) -> Entry:

@@ -62,9 +62,12 @@ class OssDialect:
         span = None if whole else (start, None if end is None else end - 1)
         # Without the header, a range that ends past the object is answered with all of it.
         answer = self._bucket.get_object(name, byte_range=span, headers={"x-oss-range-behavior": "standard"})
-        data: bytes = answer.read()
-        if answer.content_length is not None and len(data) != answer.content_length:
-            raise oss2.exceptions.RequestError(EOFError(f"{len(data)} of {answer.content_length} bytes arrived"))
+        try:
+            data: bytes = answer.read()
+            if answer.content_length is not None and len(data) != answer.content_length:
+                raise EOFError(f"{len(data)} of {answer.content_length} bytes arrived")
+        except (OSError, EOFError) as exc:  # oss2 wraps only what goes wrong before the body
+            raise oss2.exceptions.RequestError(exc) from exc
         return data
 
     def put(self, name: str, data: bytes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ckptmgr.store")
 
 _DELETES_AT_ONCE = 8
+_SECRET = re.compile("secret|token|pass|key|sas", re.IGNORECASE)
+_SHORTEST_SECRET = 4  # characters; less is no secret, and is found in every word
 
 
 class FsspecStore:
@@ -178,7 +181,7 @@ class FsspecStore:
             raise self._explained(dialect, exc, doing, f"{self.url}/{key}" if key else self.url) from exc
 
     def _explained(self, dialect: Dialect, exc: Exception, doing: str, url: str) -> CheckpointError:
-        cause = self._without_secrets(dialect.describe(exc))
+        cause = self._without_secrets(" ".join(dialect.describe(exc).split()))
         match dialect.diagnose(exc):
             case Fault.NO_BUCKET:
                 return StoreError(f"bucket {dialect.bucket!r} does not exist: create it or correct the root {self.url}")
@@ -275,5 +278,5 @@ def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from _secrets(value)
-        elif isinstance(value, str) and any(word in name.lower() for word in ("secret", "token", "pass", "key", "sas")):
+        elif isinstance(value, str) and len(value) >= _SHORTEST_SECRET and _SECRET.search(name):
             yield value

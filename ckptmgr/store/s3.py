@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import s3fs
-from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
+from aiohttp import ClientPayloadError
+from botocore.exceptions import (
+    ClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    ResponseStreamingError,
+)
 from fsspec.config import conf
 
 from . import Entry
@@ -24,7 +32,8 @@ _DENIED_CODES = {
     "TokenRefreshRequired",
 }
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-_CONFLICT_TRIES = 5
+_CUT_OFF = (ClientPayloadError, IncompleteReadError, ResponseStreamingError)  # after botocore's part: in the body
+_TRIES = 5
 
 
 class S3Dialect:
@@ -38,23 +47,29 @@ class S3Dialect:
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.bucket, self.prefix = split_url(url)
         self._fs = s3fs.S3FileSystem(**_arguments(options), use_listings_cache=False, skip_instance_cache=True)
-        # botocore repeats what failed; s3fs repeats all of botocore's tries, which is needed once: for a body cut off.
-        self._fs.retries = 2
+        self._fs.retries = 1  # botocore repeats what failed; s3fs would repeat all of botocore's tries
 
     def get(self, name: str, start: int, end: int | None) -> bytes:
-        data: bytes = self._fs.cat_file(f"{self.bucket}/{name}", start=start, end=end)
+        for again in range(_TRIES):
+            try:
+                data: bytes = self._fs.cat_file(f"{self.bucket}/{name}", start=start, end=end)
+            except _CUT_OFF:
+                if again == _TRIES - 1:
+                    raise
+            else:
+                break
         return data
 
     def put(self, name: str, data: bytes) -> None:
         self._call("put_object", name, Body=data)
 
     def create(self, name: str, data: bytes) -> None:
-        for again in range(_CONFLICT_TRIES):
+        for again in range(_TRIES):
             try:
                 self._call("put_object", name, Body=data, IfNoneMatch="*")
             except OSError as exc:
                 # Another create of the same name is under way, and may yet fail.
-                if _code(exc) != "ConditionalRequestConflict" or again == _CONFLICT_TRIES - 1:
+                if _status(exc) != 409 or again == _TRIES - 1:
                     raise
                 time.sleep(0.1 * 2**again)
             else:
