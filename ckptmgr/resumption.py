@@ -11,7 +11,7 @@ from .errors import DamagedError, NotFoundError
 from .formats import open_format
 from .manifest import CheckpointInfo, Manifest
 from .repository import Repository
-from .state import RngReport, match, materialize, restore_rng
+from .state import RngReport, match, materialize, restore_rng, unclaimed
 from .state.snapshot import StoredState
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ class Resumed:
     """What `resume` restored; falsy on a fresh run, where `step` and `epoch` are 0.
 
     `values` holds the checkpoint's entries that no target claimed, tensors included; `skipped` the
-    newer checkpoints that were damaged; `missing` and `unexpected` the keys that did not match
-    (only with strict=False), as "entry.key"; `rng` which random generators go on where they were.
+    newer checkpoints that were damaged; `missing`, `unexpected` and `mismatched` (in shape or kind)
+    the keys that did not fit (with strict=False), as "entry.key"; `casts` the tensors whose dtype
+    is another now; `rng` which random generators go on where they were.
     """
 
     step: int = 0
@@ -45,6 +46,8 @@ class Resumed:
     skipped: tuple[Skipped, ...] = ()
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+    casts: tuple[str, ...] = ()
     rng: RngReport = field(default_factory=RngReport)
     url: str | None = None
 
@@ -102,9 +105,10 @@ class Reader:
         manifest, stored = self._open(info)
         objects = stored.objects if self._trust_pickle else None
         plan = match(targets, stored, strict=strict, skip=skip)
-        plan.apply(stored.fetch, objects=objects, map_location=map_location)
-        rest = [name for name in stored.entries if name not in targets and name not in skip]
+        rest = [name for name in unclaimed(stored, targets) if name not in skip]
+        # Values first: should they be damaged or need trust, no target has been touched.
         values = materialize(stored, rest, stored.fetch, objects=objects, device=map_location)
+        plan.apply(stored.fetch, objects=objects, map_location=map_location)
         rng = restore_rng(stored.rng) if stored.rng is not None and "rng" not in skip else RngReport()
         return Resumed(
             info.step,
@@ -112,8 +116,10 @@ class Reader:
             manifest.metrics,
             values,
             skipped,
-            tuple(plan.missing),
-            tuple(plan.unexpected),
+            plan.missing,
+            plan.unexpected,
+            plan.mismatched,
+            plan.casts,
             rng,
             f"{self._repository.store.url}/{info.name}",
         )

@@ -2,7 +2,7 @@
 
 A tree (see `snapshot`) is JSON with tensors in it. What JSON has no form for is a dict with a tag:
 
-    $int $float $str               hexadecimal; nan, inf, -inf; base64 of a text with lone surrogates
+    $int $float $str               hexadecimal; nan, -nan, inf, -inf; base64 of a text with lone surrogates
     $complex $bytes $bytearray     [real, imag]; base64
     $tuple $set $frozenset $deque  [item, ...]; a deque's `maxlen`
     $dict                          [[key, value], ...]: keys that are not texts, or begin with "$"

@@ -18,9 +18,12 @@ _KINDS = {
 
 @dataclass
 class Differences:
-    """Collects differences by object; each is named by its path below the object."""
+    """Collects differences by object; each is named by its path below the object.
+
+    `entries` are the checkpoint's, `targets` the names of the objects to restore."""
 
     entries: list[str]
+    targets: list[str]
     _found: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     casts: list[str] = field(default_factory=list)
     unsaved: list[str] = field(default_factory=list)
@@ -66,9 +69,16 @@ class Differences:
                 lines.append(f"  {where}: {hint}")
         lines.append(
             "Ways out: pass objects built as they were when this was saved, strict=False to load what fits and report "
-            f"the rest, or skip={sorted({where.partition('.')[0] for where in self._found})} to leave entries as they are"
+            f"the rest, or skip={self._skippable()} to leave entries as they are"
         )
         return "\n".join(lines)
+
+    def _skippable(self) -> list[str]:
+        return [
+            name
+            for name in self.targets
+            if any(where == name or where.startswith((f"{name}.", f"{name}[")) for where in self._found)
+        ]
 
 
 def _prefix_hint(missing: list[str], unexpected: list[str]) -> str | None:

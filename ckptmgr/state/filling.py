@@ -75,14 +75,11 @@ class Fitting:
     """
 
     names: dict[int, str]
-    entries: list[str]
+    differences: Differences
     fillings: list[Filling] = field(default_factory=list)
     memory: dict[StoredTensor, torch.Tensor] = field(default_factory=dict)
     dtypes: dict[int, torch.dtype] = field(default_factory=dict)
     _taken: set[tuple[Any, ...]] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.differences = Differences(self.entries)
 
     def needs(self) -> Needs:
         needs = Needs()

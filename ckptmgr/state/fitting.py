@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from ..errors import ConfigError
 from .codec import join
 from .filling import FIRST, LOADER, OPTIMIZER, OTHER, SCHEDULER, Filling, Fitting, Source, another_class
 from .names import clean_names, modules, pair
@@ -26,6 +27,13 @@ def is_target(value: Any) -> bool:
     if type(value) is tuple:
         return bool(value) and all(map(is_target, value))
     return isinstance(value, torch.Tensor | dict | list) or has_load(value)
+
+
+def holds_objects(value: Any) -> bool:
+    """Whether a value is or contains something that is filled, not replaced."""
+    if type(value) in (list, tuple) or isinstance(value, dict):
+        return any(map(holds_objects, value.values() if isinstance(value, dict) else value)) or has_load(value)
+    return isinstance(value, torch.Tensor) or has_load(value)
 
 
 def has_load(value: Any) -> bool:
@@ -77,7 +85,10 @@ def _fit_module(fitting: Fitting, where: str, module: nn.Module, tree: Tree, not
     if stored is None:
         fitting.differences.add("mismatched", where, [f"{where} is no state dict in the checkpoint"])
         return
-    live = module.state_dict(keep_vars=True)
+    try:
+        live = module.state_dict(keep_vars=True)
+    except TypeError:  # a state_dict of the user's own making may take no argument
+        live = module.state_dict()
     clean = clean_names(module, live)
     pairs = pair(clean.values(), [name for name in stored if isinstance(name, str)])
     used = set(pairs.values())
@@ -149,6 +160,19 @@ def _step(key: Any) -> Any:
     return key if isinstance(key, str | int) else [key]
 
 
+def _is_filled(target: Any, tree: Tree, where: str) -> bool:
+    """Whether a part of a container is filled in place; otherwise it is replaced."""
+    if holds_objects(target):
+        if not is_target(target):
+            raise ConfigError(
+                f"{where} is a tuple of objects and plain values, which can't be replaced there; use a list"
+            )
+        return True
+    return (isinstance(target, dict) and items(tree) is not None) or (
+        isinstance(target, list) and elements(tree) is not None
+    )
+
+
 def _fit_dict(
     fitting: Fitting, where: str, target: dict[Any, Any], tree: Tree, note: Mapping[str, Any], within: str
 ) -> None:
@@ -156,11 +180,14 @@ def _fit_dict(
     if stored is None:
         fitting.differences.add("mismatched", where, [f"{where} is no dict in the checkpoint"])
         return
-    fitting.differences.add("missing", where, [join("", [_step(key)]) for key in target if key not in stored])
+    lacking = [key for key in target if key not in stored]
+    has_objects = holds_objects(target)
+    if has_objects:
+        fitting.differences.add("missing", where, [join("", [_step(key)]) for key in lacking])
     plain: list[tuple[Any, Tree, str]] = []
     for key, part in stored.items():
         path = join(where, [_step(key)])
-        if key in target and is_target(target[key]):
+        if key in target and _is_filled(target[key], part, path):
             fit(fitting, path, target[key], part, note, join(within, [_step(key)]))
         elif is_unsaved(part):
             fitting.differences.unsaved.append(path)
@@ -168,6 +195,8 @@ def _fit_dict(
             plain.append((key, part, path))
 
     def fill(source: Source) -> None:
+        for key in () if has_objects else lacking:  # plain data: the dict becomes what it was
+            del target[key]
         for key, part, path in plain:
             target[key] = source.place(part, path)
 
@@ -180,7 +209,7 @@ def _fit_sequence(fitting: Fitting, where: str, target: Any, tree: Tree, note: M
         fitting.differences.add("mismatched", where, [f"{where} is no list in the checkpoint"])
         return
     paths = [join(where, [i]) for i in range(len(stored))]
-    if not any(map(is_target, target)):  # plain data: the list becomes what it was
+    if not holds_objects(target):  # plain data: the list becomes what it was
 
         def refill(source: Source) -> None:
             target[:] = [source.place(part, path) for part, path in zip(stored, paths, strict=True)]
@@ -193,7 +222,7 @@ def _fit_sequence(fitting: Fitting, where: str, target: Any, tree: Tree, note: M
         return
     plain: list[tuple[int, Tree, str]] = []
     for i, part in enumerate(stored):
-        if is_target(target[i]):
+        if _is_filled(target[i], part, paths[i]):
             fit(fitting, paths[i], target[i], part, note, join(within, [i]))
         else:
             plain.append((i, part, paths[i]))

@@ -49,12 +49,10 @@ def clean_names(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _clean(key: str, prefixes: Mapping[str, str]) -> str:
-    end = len(key)
-    while end > 0:
-        end = key.rfind(".", 0, end)
-        if (clean := prefixes.get(key[: end + 1])) is not None:
-            return clean + key[end + 1 :]
-    return key
+    end = key.rfind(".") + 1
+    while key[:end] not in prefixes:  # the module itself has the prefix ""
+        end = key.rfind(".", 0, end - 1) + 1
+    return prefixes[key[:end]] + key[end:]
 
 
 def parameter_names(objects: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:

@@ -42,11 +42,7 @@ def _descr(np: Any, dtype: Any, sub: Sub) -> Tree | None:
     if dtype.hasobject:
         return None
     descr = np.lib.format.dtype_to_descr(dtype) if dtype.subdtype is None else (dtype.subdtype[0].str, dtype.shape)
-    try:
-        same = np.lib.format.descr_to_dtype(descr) == dtype
-    except (TypeError, ValueError):
-        return None
-    return sub(descr, None) if same else None
+    return sub(descr, None) if np.lib.format.descr_to_dtype(descr) == dtype else None
 
 
 def _encode_array(np: Any, array: Any, sub: Sub) -> Tree:

@@ -35,6 +35,7 @@ class AbsentError(Exception):
 
 _INT64 = 1 << 63
 _FACTORIES = {t.__name__: t for t in (bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)}
+_NOT_FINITE = {"nan": math.nan, "-nan": -math.nan, "inf": math.inf, "-inf": -math.inf}
 _PATHS = {"Path": Path, "PurePosixPath": PurePosixPath, "PureWindowsPath": PureWindowsPath}
 
 
@@ -138,7 +139,9 @@ def _encode_int(value: int, sub: Sub) -> Tree:
 
 
 def _encode_float(value: float, sub: Sub) -> Tree:
-    return value if is_plain(value) else {"$float": repr(value)}
+    if is_plain(value):
+        return value
+    return {"$float": "-nan" if value != value and math.copysign(1, value) < 0 else repr(value)}
 
 
 def _encode_str(value: str, sub: Sub) -> Tree:
@@ -254,7 +257,7 @@ ENCODERS: dict[type, Callable[[Any, Sub], Tree]] = {
 
 DECODERS: dict[str, Callable[..., Any]] = {
     "$int": lambda content, sub: int(content, 16),
-    "$float": lambda content, sub: {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[content],
+    "$float": lambda content, sub: _NOT_FINITE[content],
     "$complex": lambda content, sub: complex(*_decode_list(content, sub)),
     "$str": lambda content, sub: to_bytes(content).decode("utf-8", "surrogatepass"),
     "$bytes": lambda content, sub: to_bytes(content),

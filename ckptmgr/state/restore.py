@@ -9,6 +9,7 @@ import torch
 
 from ..errors import CheckpointError, ConfigError, DamagedError, StateMismatchError
 from .capturing import named_modules
+from .differences import Differences
 from .filling import Fitting, Source
 from .fitting import fit, is_target
 from .names import parameter_names
@@ -27,7 +28,8 @@ def match(
 
     A target is an object with `load_state_dict()`, a tensor, or a dict, list or tuple of such,
     under its entry's name; entries in `skip` are left out. Plain values within a dict or list
-    are replaced there, and a dict gets the checkpoint's further keys.
+    are replaced there, and a dict gets the checkpoint's further keys; a dict or list of nothing
+    but plain values becomes what it was.
 
     Raises `StateMismatchError` with every missing, unexpected and misshapen key of all targets; with
     `strict=False` what fits goes into the plan and the rest into its reports. Raises
@@ -42,15 +44,15 @@ def match(
                 f"{name} is a {type(target).__qualname__}, which can't be filled in place; leave it out and take it "
                 "from the values that come back"
             )
-    fitting = Fitting(parameter_names(named_modules(claimed)), list(stored.entries))
-    # Modules first: what they say of their parameters is needed to fit optimizers.
-    for name, target in sorted(claimed.items(), key=lambda item: not isinstance(item[1], torch.nn.Module)):
+    differences = Differences(list(stored.entries), list(claimed))
+    fitting = Fitting(parameter_names(named_modules(claimed)), differences)
+    for name, target in claimed.items():
         if name in stored.entries:
             fit(fitting, name, target, stored.entries[name], stored.notes.get(name, {}))
         else:
-            fitting.differences.no_entry(name)
-    if strict and fitting.differences:
-        raise StateMismatchError(fitting.differences.text())
+            differences.no_entry(name)
+    if strict and differences:
+        raise StateMismatchError(differences.text())
     return RestorePlan(fitting)
 
 

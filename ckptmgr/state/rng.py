@@ -51,38 +51,40 @@ def restore_rng(tree: Tree) -> RngReport:
     restored: list[str] = []
     skipped: list[str] = []
     for name, saved in tree.items():
+        if reason := _absent(name):
+            skipped.append(f"{name}: {reason}")
+            continue
         try:
-            _restore_one(name, decode(saved, path=f"rng.{name}"), restored, skipped)
+            state = decode(saved, path=f"rng.{name}")
+            if name in ("cuda", "xpu"):
+                backend = torch.cuda if name == "cuda" else torch.xpu
+                _restore_devices(name, state, backend.device_count(), backend.set_rng_state, restored, skipped)
+            else:
+                _SETTERS[name](state)
+                restored.append(name)
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as exc:
             raise DamagedError(f"the state of random generator {name!r} can't be put back: {exc!r}") from exc
     return RngReport(tuple(restored), tuple(skipped))
 
 
-def _restore_one(name: str, state: Any, restored: list[str], skipped: list[str]) -> None:
-    if name == "python":
-        random.setstate(state)
-    elif name == "torch":
-        torch.set_rng_state(state)
-    elif name == "numpy":
+_SETTERS: dict[str, Callable[[Any], None]] = {
+    "python": random.setstate,
+    "torch": torch.set_rng_state,
+    "numpy": lambda state: importlib.import_module("numpy").random.set_state(state),
+    "mps": lambda state: torch.mps.set_rng_state(state),
+}
+
+
+def _absent(name: str) -> str | None:
+    """Why a generator can't be put back here, or None."""
+    if name == "numpy":
         try:
-            numpy = importlib.import_module("numpy")
+            importlib.import_module("numpy")
         except ImportError:
-            skipped.append("numpy: not installed here")
-            return
-        numpy.random.set_state(state)
-    elif name == "mps":
-        if not torch.backends.mps.is_available():
-            skipped.append("mps: no such device here")
-            return
-        torch.mps.set_rng_state(state)
-    elif name in ("cuda", "xpu"):
-        backend = torch.cuda if name == "cuda" else torch.xpu
-        _restore_devices(name, state, backend.device_count(), backend.set_rng_state, restored, skipped)
-        return
-    else:
-        skipped.append(f"{name}: not known to this version of ckptmgr")
-        return
-    restored.append(name)
+            return "not installed here"
+    if name == "mps" and not torch.backends.mps.is_available():
+        return "no such device here"
+    return None if name in (*_SETTERS, "cuda", "xpu") else "not known to this version of ckptmgr"
 
 
 def _restore_devices(
