@@ -130,7 +130,7 @@ class Records:
 
 def checked_tag(tag: str) -> str:
     """A tag that can stand in a file name and is not mistaken for a step or a pointer."""
-    if not _TAG.fullmatch(tag) or tag.isdigit() or tag in RESERVED_TAGS:
+    if not _TAG.fullmatch(tag) or tag.isdecimal() or tag in RESERVED_TAGS:
         raise ConfigError(
             f"tag {tag!r} is not usable: letters, digits, _ and -, not only digits, none of {', '.join(RESERVED_TAGS)}"
         )

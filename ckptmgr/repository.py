@@ -112,13 +112,13 @@ class Repository:
         infos = self.infos() if infos is None else infos
         if which == "latest":
             matches = [info for info in infos if info.damaged is None]
-        elif isinstance(which, int) or which.isdigit():
+        elif isinstance(which, int) or which.isdecimal():
             # Of equal steps the newer attempt's, and a sound one before a damaged one.
             matches = sorted((i for i in infos if i.step == int(which)), key=lambda i: i.damaged is not None)
         else:
             matches = [info for info in infos if info.name == which or which in info.tags]
         if not matches:
-            what = f"step {which}" if isinstance(which, int) or which.isdigit() else repr(which)
+            what = f"step {which}" if isinstance(which, int) or which.isdecimal() else repr(which)
             there = ", ".join(str(info.step) for info in infos[:10]) or "none"
             more = f" and {len(infos) - 10} more" if len(infos) > 10 else ""
             raise NotFoundError(f"no checkpoint {what} in {self.store.url}; steps there: {there}{more}")
