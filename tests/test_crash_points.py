@@ -1,4 +1,4 @@
-"""A process that dies at any call to the store loses nothing that was committed, and leaves no litter behind for good."""
+"""A process that dies at any call to the store loses nothing that was committed, and leaves no litter for good."""
 
 from __future__ import annotations
 

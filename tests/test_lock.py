@@ -112,7 +112,7 @@ def test_an_unwritable_root_is_a_store_error_with_the_way_out(tmp_path: Path, mo
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(lock_module.os, "open", refuse)
-    with pytest.raises(StoreError, match="cannot write to .*read_only"):
+    with pytest.raises(StoreError, match=r"cannot write to .*read_only"):
         acquire(LocalStore(tmp_path))
 
 

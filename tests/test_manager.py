@@ -195,7 +195,8 @@ def test_leaving_by_an_exception_makes_no_last_save(open_manager: Callable[..., 
             manager.maybe_save(state(), 1)
             raise KeyError("bug")
 
-    pytest.raises(KeyError, train)
+    with pytest.raises(KeyError):
+        train()
     assert open_manager(read_only=True).all_steps() == []
 
 
@@ -431,7 +432,7 @@ def test_the_pointer_may_have_another_name(open_manager: Callable[..., Checkpoin
 def test_a_step_is_not_saved_twice(open_manager: Callable[..., CheckpointManager]) -> None:
     manager = open_manager(save={"every_steps": 1})
     manager.save(state(1), 1)
-    with pytest.raises(AlreadyExistsError, match="step 1 is in .* already; pass overwrite=True"):
+    with pytest.raises(AlreadyExistsError, match=r"step 1 is in .* already; pass overwrite=True"):
         manager.save(state(2), 1)
     manager.request_save()
     assert manager.maybe_save(state(3), 1) is None

@@ -85,7 +85,8 @@ def test_an_exception_while_a_file_is_written_leaves_nothing_of_it(repository: R
             file.write(b"half")
             raise KeyError("training")
 
-    pytest.raises(KeyError, fail)
+    with pytest.raises(KeyError):
+        fail()
     assert not [key for key in keys(repository.store) if key.endswith("a.bin")]
     info = draft.commit(about(3))
     assert info.manifest is not None

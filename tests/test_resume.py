@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ckptmgr import (
     CheckpointManager,
@@ -101,6 +102,30 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path, format: str
     assert train(other, other_optimizer, steps) == losses
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == draws
     assert same(snapshots(model), snapshots(other))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital'")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_order_and_generators_go_on_from_any_step_of_any_epoch(tmp_path: Path, workers: int) -> None:
+    def run(resume_at: int | None) -> list[tuple[int, list[int], float]]:
+        torch.manual_seed(0 if resume_at is None else 99)
+        loader = StatefulDataLoader(list(range(6)), batch_size=2, shuffle=True, num_workers=workers)
+        seen = []
+        with manager(tmp_path, save={"every_steps": 1}, read_only=resume_at is not None) as mgr:
+            step = mgr.resume(loader=loader, step=resume_at).step
+            while step < 8:
+                for batch in loader:
+                    step += 1
+                    seen.append((step, batch.tolist(), torch.rand(1).item()))
+                    if resume_at is None:
+                        mgr.maybe_save({"loader": loader}, step)
+                    if step == 8:
+                        break
+        return seen
+
+    whole = run(None)
+    for step in range(1, 8):
+        assert run(step) == whole[step:]
 
 
 def test_a_fresh_root_answers_falsy_and_touches_nothing(tmp_path: Path) -> None:

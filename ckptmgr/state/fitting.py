@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -152,7 +152,14 @@ def _fit_object(fitting: Fitting, where: str, target: Any, tree: Tree, note: Map
         fitting.differences.add("mismatched", where, [f"{where} {problem}"])
         return
     order = SCHEDULER if isinstance(target, LRScheduler) else LOADER if isinstance(target, DataLoader) else OTHER
-    fill: Callable[[Source], None] = lambda source: target.load_state_dict(source.decode(tree, where))  # noqa: E731
+
+    def fill(source: Source) -> None:
+        target.load_state_dict(source.decode(tree, where))
+        if order == LOADER:
+            # A loader draws from the global generator when it begins to iterate; asked for its state
+            # it begins now, before the generators are put back, and not at the loop's first batch.
+            target.state_dict()
+
     fitting.fillings.append(Filling(order, where, [(tree, where)], fill))
 
 
