@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from .errors import CheckpointError, ConfigError, NotFoundError, StoreError
+from .ranged import RangedFile
 from .store import Store, Writer, open_store
 from .store.arguments import as_bytes
 
@@ -207,27 +208,12 @@ class _UploadFile(io.RawIOBase):
             raise
 
 
-class _RangeFile(io.RawIOBase):
-    """A read-only file over ranges of a remote object."""
+class _RangeFile(RangedFile):
+    """A file over ranges of a remote object."""
 
     def __init__(self, store: Store, key: str, size: int) -> None:
-        self._store, self._key, self._size, self._position = store, key, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        position = (0, self._position, self._size)[whence] + offset
-        if position < 0:
-            raise ValueError(f"seek to {position}, before the file's start")
-        self._position = position
-        return position
+        super().__init__(size)
+        self._store, self._key = store, key
 
     def readinto(self, buffer: Any) -> int:
         if self.closed:

@@ -5,7 +5,6 @@ Every byte handed out was covered by a digest of the manifest first, unless the 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, cast
@@ -14,6 +13,7 @@ import xxhash
 
 from .errors import DamagedError, NotFoundError
 from .manifest import MANIFEST_NAME, PIECE_SIZE, FileEntry, Manifest, digest
+from .ranged import RangedFile
 from .store import Store
 
 Level = Literal["off", "size", "fast", "full"]
@@ -106,34 +106,19 @@ class Source:
         return cast(BinaryIO, _CheckedFile(self, file))
 
 
-class _CheckedFile(io.RawIOBase):
-    """A read-only file that holds its last two pieces in memory (torch.load reads end and front)."""
+class _CheckedFile(RangedFile):
+    """A file that holds its last two pieces in memory (torch.load reads end and front)."""
 
     def __init__(self, source: Source, file: FileEntry) -> None:
-        self._source, self._file, self._position = source, file, 0
+        super().__init__(file.size)
+        self._source, self._file = source, file
         self._pieces: dict[int, bytes] = {}
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = (0, self._position, self._file.size)[whence]
-        if origin + offset < 0:
-            raise ValueError(f"seek to {origin + offset}, before the file's start")
-        self._position = origin + offset
-        return self._position
 
     def readinto(self, buffer: Any) -> int:
         """Fills the buffer up to the file's end."""
         view = memoryview(buffer).cast("B")
         done = 0
-        while done < len(view) and self._position < self._file.size:
+        while done < len(view) and self._position < self._size:
             index, inside = divmod(self._position, PIECE_SIZE)
             part = memoryview(self._piece(index))[inside : inside + len(view) - done]
             view[done : done + len(part)] = part
