@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,3 +115,24 @@ def test_nothing_but_the_run_s_own_files_is_left(place: dict[str, Any]) -> None:
     assert outside == {"latest", "notes.txt"}
     names = {key.rsplit("/", 1)[1] for key in keys if key.startswith("step-00000003")}
     assert names == {"manifest.json", "x.safetensors", "state.json", "rank-00000.json"}
+
+
+@pytest.mark.parametrize("name", ["s3", "gcs", "oss"])
+def test_the_shipped_config_works_with_what_the_environment_says(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = request.getfixturevalue({"s3": "s3_moto"}.get(name, name))
+    options = bucket.options
+    monkeypatch.setenv(f"{name.upper()}_BUCKET", bucket.url.partition("://")[2])
+    variables = {
+        "s3": {"S3_ENDPOINT_URL": "endpoint_url", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"},
+        "gcs": {"STORAGE_EMULATOR_HOST": "endpoint_url"},
+        "oss": {"OSS_ENDPOINT": "endpoint", "OSS_ACCESS_KEY_ID": "key", "OSS_ACCESS_KEY_SECRET": "secret"},
+    }
+    for variable, option in variables[name].items():
+        monkeypatch.setenv(variable, options[option])
+    config = Path(__file__).parent.parent / "configs" / f"{name}.yaml"
+    with CheckpointManager(config) as mgr:
+        mgr.save({"x": torch.arange(3)}, 1)
+    with CheckpointManager(config) as mgr:
+        assert torch.equal(mgr.resume().values["x"], torch.arange(3))
