@@ -64,11 +64,10 @@ class DraftFile:
 class Draft:
     """One save being written. Ends with exactly one of `commit` and `abort`; both may block."""
 
-    def __init__(self, store: Store, name: str, nonce: str, *, rename: bool, check: Callable[[], None]) -> None:
+    def __init__(self, store: Store, name: str, nonce: str, *, rename: bool) -> None:
         self.name, self.nonce = name, nonce
         self._store = store
         self._rename = rename
-        self._check = check
         self._record = f"{DRAFTS}/{name}.{nonce}"
         self._folder = self._record if rename else name
         self._prefix = "" if rename else f"{nonce}/"
@@ -91,14 +90,16 @@ class Draft:
             raise
         self._files[name] = file.entry(self._prefix + name)
 
-    def commit(self, manifest: Manifest, verify: str = "size") -> CheckpointInfo:
+    def commit(
+        self, manifest: Manifest, verify: str = "size", check: Callable[[], None] = lambda: None
+    ) -> CheckpointInfo:
         """Make the draft a checkpoint; at return it is durable.
 
         `manifest` comes without files, which the draft fills in. `verify` looks at what the store
-        holds first: `off`, `size` (compare sizes) or `full` (read everything back).
-        Raises `FencedError` when another writer has taken over, `AlreadyExistsError` when the name
-        is taken, `StoreError` and `DamagedError` for what the store did. The draft is then still
-        to be aborted.
+        holds first: `off`, `size` (compare sizes) or `full` (read everything back). `check` is called
+        right before the decisive step, and raises `FencedError` when the writer's lock is lost.
+        Raises `AlreadyExistsError` when the name is taken, `StoreError` and `DamagedError` for what
+        the store did. The draft is then still to be aborted.
         """
         manifest = dataclasses.replace(manifest, nonce=self.nonce, files=tuple(self._files.values()))
         if problems := Source(self._store, self._folder, manifest).problems(verify):
@@ -107,10 +108,10 @@ class Draft:
         key, data = f"{self._folder}/{MANIFEST_NAME}", manifest.to_json()
         if self._rename:
             self._store.put(key, data)
-            self._check()
+            check()
             self._store.rename(self._folder, self.name)
         else:
-            self._check()
+            check()
             self._create_manifest(key, data)
             try:
                 self._store.delete([self._record])

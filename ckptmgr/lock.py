@@ -92,6 +92,8 @@ def _is_alive(owner: dict[str, Any]) -> bool | None:
     """Whether the process lives; None for one that can't be seen from here."""
     if owner.get("space") != _process_space() or not isinstance(pid := owner.get("pid"), int):
         return None
+    if pid == os.getpid():
+        return any(lease.token == owner.get("token") for lease in _leases)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -105,8 +107,11 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
+_leases: weakref.WeakSet[Lease] = weakref.WeakSet()  # those of this process that nobody dropped
+
+
 def _held(where: str, owner: dict[str, Any]) -> FencedError:
-    me = " (this very process: close the other manager first)" if owner.get("pid") == os.getpid() else ""
+    me = " (this very process: close() the other manager first)" if owner.get("pid") == os.getpid() else ""
     return FencedError(
         f"{where} is being written by process {owner.get('pid', '?')} on {owner.get('host', '?')} since "
         f"{owner.get('since', '?')}{me}. "
@@ -147,7 +152,9 @@ class FileLock:
             if self._is_current(fd):
                 break
             os.close(fd)  # replaced between open and flock
-        self._fd: int | None = fd
+        # Closed when dropped, too: in a notebook nobody closes the manager of the cell run before.
+        self._close = weakref.finalize(self, os.close, fd)
+        self._fd = fd
         self.attempt = max(floor, _attempt_of(_parse(os.pread(fd, 4096, 0)))) + 1
         data = json.dumps({**_me(), "attempt": self.attempt}).encode()
         os.ftruncate(fd, 0)
@@ -161,7 +168,7 @@ class FileLock:
             return False
 
     def check(self) -> None:
-        if self._fd is None or not self._is_current(self._fd):
+        if not self._close.alive or not self._is_current(self._fd):
             try:
                 owner = _parse(self._path.read_bytes())
             except OSError:
@@ -169,16 +176,14 @@ class FileLock:
             raise _held(str(self._path.parent.parent), owner)
 
     def release(self) -> None:
-        if self._fd is not None:
+        if self._close.alive:
             assert fcntl is not None
             fcntl.flock(self._fd, fcntl.LOCK_UN)  # for a child forked this instant, too
             self.forget()
 
     def forget(self) -> None:
         """Close this process's handle; another process that shares it keeps the lock."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        self._close()
 
 
 def _close_in_children(lock: FileLock) -> None:
@@ -216,15 +221,18 @@ class Lease:
         if claims and not takeover and (owner := self._living_owner(max(claims))) is not None:
             raise _held(store.url, owner)
         self.attempt = max([floor, *claims]) + 1
-        self._me = {**_me(), "attempt": self.attempt, "token": secrets.token_hex(8)}
+        self.token = secrets.token_hex(8)
         self._beat(released=False)  # before the claim, so that no claim is ever without a heartbeat
         try:
-            store.put(self._key(self.attempt), json.dumps(self._me).encode(), create=True)
+            claim = {**_me(), "attempt": self.attempt, "token": self.token}
+            store.put(self._key(self.attempt), json.dumps(claim).encode(), create=True)
         except AlreadyExistsError as exc:
             raise _held(store.url, _parse(store.get(self._key(self.attempt)))) from exc
         store.delete([key for old in claims for key in (self._key(old), self._key(old, "beat"))])
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="ckptmgr-lease", daemon=True)
+        _leases.add(self)
+        beat = (weakref.ref(self), self._stop, ttl_s / 3)
+        self._thread = threading.Thread(target=_keep, args=beat, name="ckptmgr-lease", daemon=True)
         self._thread.start()
 
     def _key(self, attempt: int, kind: str = "json") -> str:
@@ -276,12 +284,12 @@ class Lease:
         beat = {"time": self._now().isoformat(), "released": released}
         self._store.put(self._key(self.attempt, "beat"), json.dumps(beat).encode())
 
-    def _keep(self) -> None:
-        while not self._stop.wait(self._ttl_s / 3):
-            try:
-                self._beat(released=False)
-            except CheckpointError as exc:
-                _log.warning("lease.beat.failed url=%s cause=%s", self._store.url, exc)
+    def beat(self) -> None:
+        """Show a sign of life; that the store does not take it is a warning."""
+        try:
+            self._beat(released=False)
+        except CheckpointError as exc:
+            _log.warning("lease.beat.failed url=%s cause=%s", self._store.url, exc)
 
     def check(self) -> None:
         newer = [attempt for attempt in self._claims() if attempt > self.attempt]
@@ -299,3 +307,13 @@ class Lease:
             self._beat(released=True)
         except CheckpointError as exc:
             _log.warning("lease.release.failed url=%s cause=%s (it runs out by itself)", self._store.url, exc)
+
+
+def _keep(held: weakref.ref[Lease], stop: threading.Event, every_s: float) -> None:
+    """Beats until the lease is released, or dropped: the thread itself does not keep it alive."""
+    while not stop.wait(every_s):
+        lease = held()
+        if lease is None:
+            return
+        lease.beat()
+        del lease

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -27,15 +27,8 @@ _DRAFT = re.compile(r"(?P<name>.+)\.(?P<nonce>[0-9a-f]{16})")
 _log = logging.getLogger("ckptmgr.repository")
 
 
-def _no_check() -> None:
-    pass
-
-
 class Repository:
-    """All checkpoints under one root. Every method may block on the store and raises `StoreError`.
-
-    `check` is asked right before each commit and raises `FencedError` when the lock is lost.
-    """
+    """All checkpoints under one root. Every method may block on the store and raises `StoreError`."""
 
     def __init__(
         self,
@@ -44,7 +37,6 @@ class Repository:
         names: NameTemplate | None = None,
         pointer: str = "latest",
         commit: str = "auto",
-        check: Callable[[], None] = _no_check,
     ) -> None:
         if commit == "rename" and not store.can_rename:
             raise ConfigError(
@@ -53,7 +45,6 @@ class Repository:
             )
         self.store = store
         self.names = names or NameTemplate("step-{step:08d}")
-        self.check = check
         self._records = Records(store)
         self._pointer = pointer
         self._commit = commit
@@ -155,7 +146,7 @@ class Repository:
         while self._is_taken(free):
             count += 1
             free = f"{name}.{count}"
-        return Draft(self.store, free, new_nonce(), rename=self.renames, check=self.check)
+        return Draft(self.store, free, new_nonce(), rename=self.renames)
 
     def _is_taken(self, name: str) -> bool:
         """A rename needs a folder that does not exist; a manifest only that there is no other."""

@@ -29,7 +29,7 @@ class Run:
 
     def __init__(self, store: Store, config: CheckpointConfig, *, takeover: bool, read_only: bool) -> None:
         self.repository = Repository(
-            store, names=NameTemplate(config.name), pointer=config.latest, commit=config.commit, check=self._check
+            store, names=NameTemplate(config.name), pointer=config.latest, commit=config.commit
         )
         self.url = store.url
         self.name = config.run  # None until found or made up
@@ -105,7 +105,8 @@ class Run:
         assert self._lock is not None
         return self._lock.attempt
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises `FencedError` when another writer has taken over."""
         if self._lock is not None:
             self._lock.check()
 
@@ -172,7 +173,7 @@ class Run:
 
     def retain(self) -> Plan:
         """Carry out the plan."""
-        self._check()
+        self.check()
         made = self.plan()
         for verdict in made.drop:
             _log.info("retention.drop step=%d why=%s", verdict.info.step, "; ".join(verdict.reasons))

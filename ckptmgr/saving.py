@@ -106,7 +106,7 @@ class Saver:
             draft = repository.begin(request.step, request.epoch, about.run)
             try:
                 self._format.write(snapshot, draft)
-                info = draft.commit(about, self._config.verify.on_save)
+                info = draft.commit(about, self._config.verify.on_save, self._run.check)
             except BaseException:
                 draft.abort()
                 raise

@@ -60,6 +60,14 @@ def test_a_takeover_fences_the_old_writer(store: Any) -> None:
     new.release()
 
 
+def test_a_lock_that_was_dropped_unreleased_does_not_keep_this_process_out(store: Any) -> None:
+    lock = acquire(store)
+    del lock  # a notebook's cell that is run again
+    again = acquire(store)
+    assert again.attempt == 2
+    again.release()
+
+
 def test_a_released_lock_no_longer_checks(store: Any) -> None:
     lock = acquire(store)
     lock.release()
@@ -178,7 +186,7 @@ def test_a_second_writer_elsewhere_is_refused_as_soon_as_the_holder_shows_a_sign
     def pause(seconds: float) -> None:
         pauses.append(seconds)
         if len(pauses) == 4:
-            holder._beat(released=False)
+            holder.beat()
 
     with pytest.raises(FencedError, match="on spot-7 since"):
         Lease(store, floor=0, takeover=False, ttl_s=60, pause=pause)

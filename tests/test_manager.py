@@ -541,6 +541,17 @@ def test_a_second_manager_is_refused_and_may_take_over(open_manager: Callable[..
     assert second.all_steps() == [1, 2]
 
 
+def test_a_manager_that_nobody_closed_does_not_stand_in_the_way_once_it_is_dropped(tmp_path: Path) -> None:
+    for root in (str(tmp_path), f"memory://{tmp_path.name}"):
+        for step in (1, 2, 3):  # the same cell of a notebook, run again
+            manager = CheckpointManager(root, background=False)
+            assert manager.resume().step == step - 1
+            manager.save(state(), step)
+            signals = manager._signals
+            del manager
+            signals.uninstall()
+
+
 def test_a_fenced_writer_stops_even_under_on_error_warn(open_manager: Callable[..., CheckpointManager]) -> None:
     first = open_manager(on_error="warn")
     first.save(state(), 1)

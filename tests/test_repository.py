@@ -342,10 +342,12 @@ def test_a_lost_lock_stops_the_commit(store: Store) -> None:
     def lost() -> None:
         raise FencedError("taken over")
 
-    repository = Repository(store, check=lost)
+    repository = Repository(store)
+    draft = repository.begin(1, None, "run")
     with pytest.raises(FencedError):
-        commit(repository, 1)
-    assert repository.infos() == []
+        draft.commit(about(1), check=lost)
+    draft.abort()
+    assert keys(store) == set()
 
 
 def test_commit_rename_is_refused_where_folders_cannot_be_renamed() -> None:
