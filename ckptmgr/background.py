@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, FencedError
 from .manifest import CheckpointInfo
+
+_log = logging.getLogger("ckptmgr.save")
 
 
 class Pending:
@@ -69,11 +72,17 @@ class Pending:
 
 
 class Worker:
-    """Runs saves one at a time, in a thread when `background`. At interpreter exit the save in
-    flight is completed, as with any `ThreadPoolExecutor`."""
+    """Runs saves one at a time, in a thread when `background`, and tells of their failures once each.
 
-    def __init__(self, *, background: bool) -> None:
+    Up to `tolerate` failures in a row become warnings. At interpreter exit the save in flight is
+    completed, as with any `ThreadPoolExecutor`.
+    """
+
+    def __init__(self, *, background: bool, tolerate: int = 0) -> None:
         self._pool = ThreadPoolExecutor(1, "ckptmgr-save") if background else None
+        self._tolerate = tolerate
+        self._failures = 0  # in a row
+        self.pending: Pending | None = None  # the last one
 
     def submit(self, step: int, root: str, save: Callable[[], CheckpointInfo], after: Callable[[], None]) -> Pending:
         """Start a save; `after` is called when it has ended, in the thread where it ran."""
@@ -85,9 +94,41 @@ class Worker:
                 future.set_result(save())
             except Exception as exc:  # noqa: BLE001 - carried to the caller by the Pending, like a thread's
                 future.set_exception(exc)
-        pending = Pending(step, root, future)
+        self.pending = Pending(step, root, future)
         future.add_done_callback(lambda _: after())
-        return pending
+        return self.pending
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self.pending is not None and not self.pending.done()
+
+    def is_saving(self, step: int) -> bool:
+        return self.is_busy and self.pending is not None and self.pending.step == step
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Block until no save is in flight. Raises what the last one failed with, or `TimeoutError`."""
+        if self.pending is not None:
+            self.pending.settle(timeout)
+        self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """What the last save failed with, once; tolerated failures are warnings. A writer that was
+        fenced off is never tolerated: it would train on for nothing."""
+        pending = self.pending
+        if pending is None or not pending.done():
+            return
+        error = pending.take_error()
+        if error is None:
+            self._failures = self._failures if pending.error else 0
+            return
+        self._failures += 1
+        if isinstance(error, FencedError) or self._failures > self._tolerate:
+            raise error
+        _log.warning(
+            "save.failed.tolerated step=%d count=%d of %d cause=%s",
+            pending.step, self._failures, self._tolerate, error,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Wait for the save in flight and end the thread."""

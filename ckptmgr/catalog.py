@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from .config import CheckpointConfig
-from .errors import DamagedError
+from .errors import ConfigError, DamagedError
 from .manifest import CheckpointInfo
+from .quantities import parse_duration
 from .resumption import Reader
 from .run import Run
 from .source import Problem
@@ -72,10 +73,16 @@ class Catalog:
                 _log.warning("load.skip.damaged step=%d url=%s/%s cause=%s", info.step, self._run.url, info.name, exc)
         raise failures[0]
 
-    def pin(self, step: int | str, tag: str | None = None, ttl: timedelta | None = None) -> None:
-        """Keep a checkpoint from every keep rule, for ever or for `ttl`. Needs no lock."""
-        self._run.repository.pin(self.info(step), tag, None if ttl is None else datetime.now(UTC) + ttl)
+    def pin(self, step: int | str, tag: str | None = None, ttl: timedelta | str | float | None = None) -> None:
+        """Keep a checkpoint from every keep rule, for ever or for `ttl` ("7d", or seconds). Needs no
+        lock; a reader may pin what it reads. Raises `ConfigError`, `NotFoundError`."""
+        try:
+            expires = None if ttl is None else datetime.now(UTC) + parse_duration(ttl)
+        except ValueError as exc:
+            raise ConfigError(f"ttl={ttl!r}: {exc}") from exc
+        self._run.repository.pin(self.info(step), tag, expires)
 
     def unpin(self, step: int | str, tag: str | None = None) -> int:
-        """Remove a checkpoint's pins, or the one with a tag; answers how many there were."""
-        return self._run.repository.unpin(self.info(step).step, tag)
+        """Remove the pins that a step, folder or tag means, or of these the one with a tag, also where
+        the checkpoint itself is gone; answers how many there were."""
+        return self._run.repository.unpin(self.info(step).name if step == "best" else step, tag)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from .errors import AlreadyExistsError, CheckpointError, NotFoundError, StoreError
-from .manifest import MANIFEST_NAME, PIECE_SIZE, CheckpointInfo, FileEntry, Manifest, checked_name
+from .errors import AlreadyExistsError, CheckpointError, ConfigError, DamagedError, NotFoundError, StoreError
+from .manifest import MANIFEST_NAME, PIECE_SIZE, CheckpointInfo, FileEntry, Manifest, Pin, checked_name
+from .pins import Pins, pin_key
 from .source import Source
 from .store import Store, Writer
 
@@ -91,33 +92,43 @@ class Draft:
         self._files[name] = file.entry(self._prefix + name)
 
     def commit(
-        self, manifest: Manifest, verify: str = "size", check: Callable[[], None] = lambda: None
+        self,
+        manifest: Manifest,
+        verify: str = "size",
+        check: Callable[[], None] = lambda: None,
+        *,
+        pin: bool = False,
     ) -> CheckpointInfo:
         """Make the draft a checkpoint; at return it is durable.
 
         `manifest` comes without files, which the draft fills in. `verify` looks at what the store
         holds first: `off`, `size` (compare sizes) or `full` (read everything back). `check` is called
-        right before the decisive step, and raises `FencedError` when the writer's lock is lost.
-        Raises `AlreadyExistsError` when the name is taken, `StoreError` and `DamagedError` for what
-        the store did. The draft is then still to be aborted.
+        right before the decisive step, and raises `FencedError` when the writer's lock is lost. With
+        `pin` the checkpoint is pinned from its first moment. Raises `AlreadyExistsError` when the name
+        is taken, `ConfigError` for a manifest that could not be read back, `StoreError` and
+        `DamagedError` for what the store did. The draft is then still to be aborted.
         """
         manifest = dataclasses.replace(manifest, nonce=self.nonce, files=tuple(self._files.values()))
+        data = _readable(manifest)
         if problems := Source(self._store, self._folder, manifest).problems(verify):
             what = "; ".join(map(str, problems))
             raise StoreError(f"{self._store.url} does not hold what was written to {self.name}: {what}")
-        key, data = f"{self._folder}/{MANIFEST_NAME}", manifest.to_json()
+        key = f"{self._folder}/{MANIFEST_NAME}"
+        pins = (Pin(self.name, self.nonce, manifest.step),) if pin else ()
         if self._rename:
             self._store.put(key, data)
-            check()
+        for each in pins:
+            Pins(self._store).put(each)  # before the commit: no checkpoint is ever without a pin it was to have
+        check()
+        if self._rename:
             self._store.rename(self._folder, self.name)
         else:
-            check()
             self._create_manifest(key, data)
             try:
                 self._store.delete([self._record])
             except StoreError as exc:
                 _log.warning("draft.record.kept key=%s cause=%s (the next sweep removes it)", self._record, exc)
-        return CheckpointInfo(self.name, manifest.step, manifest)
+        return CheckpointInfo(self.name, manifest.step, manifest, pins=pins)
 
     def _create_manifest(self, key: str, data: bytes) -> None:
         """The commit on an object store. An error says nothing of whether the object was written
@@ -147,14 +158,28 @@ class Draft:
             _log.warning("draft.abort.incomplete name=%s nonce=%s cause=%s", self.name, self.nonce, exc)
 
 
+def _readable(manifest: Manifest) -> bytes:
+    """The manifest's bytes, seen to be readable: one that nobody can read would look like damage."""
+    try:
+        data = manifest.to_json()
+        Manifest.from_json(data)
+    except (TypeError, ValueError, DamagedError) as exc:
+        raise ConfigError(
+            f"step {manifest.step!r} was not committed, as its manifest could not be read back: {exc}; "
+            "correct what the save was given"
+        ) from exc
+    return data
+
+
 def discard(store: Store, name: str, nonce: str) -> None:
-    """Remove a draft in either mode, unless it became a checkpoint after all."""
+    """Remove a draft in either mode with its pin, unless it became a checkpoint after all.
+
+    Raises `DamagedError` or `FormatVersionError`, and leaves all in place, where that can't be told."""
     record = f"{DRAFTS}/{name}.{nonce}"
     try:
         committed = Manifest.from_json(store.get(f"{name}/{MANIFEST_NAME}")).nonce == nonce
     except NotFoundError:
         committed = False
-    # A manifest that can't be read is not ours to judge here: DamagedError leaves everything in place.
     if not committed:
-        store.delete([f"{name}/{nonce}/"])
+        store.delete([f"{name}/{nonce}/", pin_key(name, nonce)])
     store.delete([f"{record}/", record])  # a folder in rename mode, an object in manifest mode; last, as it leads here

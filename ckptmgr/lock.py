@@ -31,6 +31,7 @@ except ImportError:  # Windows: the lease serves there too
     fcntl = None  # type: ignore[assignment]
 
 FOLDER = ".ckptmgr"
+_JOIN_S = 10.0
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
 _log = logging.getLogger("ckptmgr.lock")
@@ -228,7 +229,10 @@ class Lease:
             store.put(self._key(self.attempt), json.dumps(claim).encode(), create=True)
         except AlreadyExistsError as exc:
             raise _held(store.url, _parse(store.get(self._key(self.attempt)))) from exc
-        store.delete([key for old in claims for key in (self._key(old), self._key(old, "beat"))])
+        try:
+            store.delete([key for old in claims for key in (self._key(old), self._key(old, "beat"))])
+        except CheckpointError as exc:
+            _log.warning("lease.claims.kept url=%s cause=%s (the highest counts)", store.url, exc)
         self._stop = threading.Event()
         _leases.add(self)
         beat = (weakref.ref(self), self._stop, ttl_s / 3)
@@ -302,7 +306,7 @@ class Lease:
         if self._stop.is_set():
             return
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_JOIN_S)  # a store that does not answer must not keep us here
         try:
             self._beat(released=True)
         except CheckpointError as exc:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .background import Pending
+from .background import Pending, Worker
 from .catalog import Catalog
 from .config import CheckpointConfig, load_config
 from .coordinator import find_coordinator
-from .errors import AlreadyExistsError, CheckpointError, ConfigError, FencedError
+from .errors import AlreadyExistsError, CheckpointError, ConfigError, DamagedError, StoreError
 from .manifest import CheckpointInfo
 from .records import checked_tag
 from .request_file import RequestFile
 from .resumption import Resumed, warn_if_unhealthy
 from .retention import Plan
 from .run import Run
-from .saving import Request, Saver, as_floats, as_mapping
+from .saving import Request, Saver, as_count, as_floats, as_mapping
 from .schedule import Schedule
 from .signals import SignalWatch
 from .store import Store, open_store
@@ -42,7 +43,8 @@ class CheckpointManager(Catalog):
     `config` is a YAML file, a root URL or path, a mapping or a `CheckpointConfig`; keyword
     `overrides` are its fields, nested as mappings (`save={"every_steps": 100}`). `triggers` are
     callables that take a `Moment` and say whether a save is due. `fresh` archives what the root
-    holds and starts over; `takeover` takes the root from another writer; `read_only` never writes.
+    holds and starts over; `takeover` takes the root from another writer; `read_only` writes nothing
+    but pins.
     `store` serves in place of the one for the root; `clock` counts seconds, for tests.
 
     All methods are called from one thread, but for `request_save`. This version coordinates one
@@ -63,11 +65,15 @@ class CheckpointManager(Catalog):
         clock: Callable[[], float] = time.monotonic,
         **overrides: Any,
     ) -> None:
+        if fresh and read_only:
+            raise ConfigError("fresh=True archives what is there, and read_only=True writes nothing: choose one")
         self.config = load_config(config, **overrides)
         if store is None:
             store = open_store(self.config.root, self.config.storage.options, fsync=self.config.fsync)
         super().__init__(Run(store, self.config, takeover=takeover, read_only=read_only), self.config)
         self._saver = Saver(self._run, self.config, find_coordinator())
+        tolerate = self.config.max_failures if self.config.on_error == "warn" else 0
+        self._worker = Worker(background=self.config.background, tolerate=tolerate)
         self._fresh, self._read_only = fresh, read_only
         self._signals = SignalWatch(() if read_only else self.config.save.on_signals)
         self._schedule = Schedule(self.config.trigger(triggers), self._signals, clock)
@@ -77,8 +83,6 @@ class CheckpointManager(Catalog):
         if self.config.save.on_file is not None and not read_only:
             self._request_file = RequestFile(store, self.config.save.on_file, self._schedule.request)
             self._request_file.start()
-        self._pending: Pending | None = None
-        self._failures = 0  # consecutive ones
         self._last_call: tuple[State, int, int | None, Mapping[str, Any] | None] | None = None
         self._is_closed = False
 
@@ -105,23 +109,24 @@ class CheckpointManager(Catalog):
         self._last_call = (state, step, epoch, metrics)
         if self._schedule.is_quiet(step, epoch):
             return None
-        self._raise_failure()
-        values = as_floats(metrics)
-        decision = self._schedule.decide(step, epoch, values)
+        self._schedule.calm()  # before the look at failures: one that comes later alerts again
+        self._worker.raise_failure()
+        request = self._request(step, epoch, metrics, overwrite=self.config.overwrite)
+        decision = self._schedule.decide(request.step, request.epoch, request.metrics)
         if not decision:
-            self._schedule.calm()
             return None
-        if self._is_safe(step) and not self.config.overwrite:
-            self._schedule.saved(step, epoch)  # this very step is there, or on its way
+        if self._is_safe(request.step) and not request.overwrite:
+            self._schedule.saved(request.step, request.epoch)  # this very step is there, or on its way
             return None
-        if self.config.when_busy == "skip" and self._pending is not None and not self._pending.done():
-            _log.info("save.skip.busy step=%d in_flight=%d", step, self._pending.step)
+        if self._worker.is_busy and self.config.when_busy == "skip" and not self.should_stop:
+            _log.info("save.skip.busy step=%d", request.step)
             return None
-        return self._save(state, Request(step, epoch, values, decision.reason or "", overwrite=self.config.overwrite))
+        return self._save(state, replace(request, reason=decision.reason or ""))
 
     def should_save(self, step: int, *, epoch: int | None = None, metrics: Mapping[str, Any] | None = None) -> Decision:
         """Whether `maybe_save` would save now, and why. Changes nothing; never blocks."""
-        return self._schedule.decide(step, epoch, as_floats(metrics))
+        request = self._request(step, epoch, metrics)
+        return self._schedule.decide(request.step, request.epoch, request.metrics)
 
     def save(
         self,
@@ -141,10 +146,15 @@ class CheckpointManager(Catalog):
         the config's). Raises `AlreadyExistsError` when the step is there, or when the root holds
         checkpoints that nobody resumed from.
         """
-        self._raise_failure()
+        self._worker.raise_failure()
+        if isinstance(tags, str):
+            raise ConfigError(f"tags={tags!r} is one text; give a list of tags: [{tags!r}]")
         replaces = self.config.overwrite if overwrite is None else overwrite
-        names = tuple(map(checked_tag, tags))
-        return self._save(state, Request(step, epoch, as_floats(metrics), "save()", names, pin, replaces))
+        request = self._request(step, epoch, metrics, overwrite=replaces)
+        for tag in map(checked_tag, tags):
+            if not self._fresh:  # which archives whoever has it now
+                self._run.repository.check_tag_free(tag, [i for i in self._run.infos() if i.step != request.step])
+        return self._save(state, replace(request, reason="save()", tags=tuple(tags), pin=pin))
 
     @property
     def should_stop(self) -> bool:
@@ -158,33 +168,41 @@ class CheckpointManager(Catalog):
     def poll(self) -> bool:
         """For loops that do not save, such as evaluation: answers `should_stop`. Never blocks.
         Raises what a background save failed with."""
-        self._raise_failure()
+        self._worker.raise_failure()
         return self.should_stop
 
     def wait(self, timeout: float | None = None) -> None:
         """Block until no save is in flight; `timeout` in seconds. Raises what it failed with, once,
         or `TimeoutError`."""
-        if self._pending is not None:
-            self._pending.settle(timeout)
-        self._raise_failure()
+        self._worker.wait(timeout)
 
     def close(self, timeout: float | None = None) -> None:
-        """Make the last save if `save.on_close` asks for one, wait for it, and let go of the root.
+        """Make the last save if `save.on_close` asks for one, or a signal or request that none has
+        answered; wait for it, and let go of the root.
 
-        May be repeated. Raises what the last save failed with, or `TimeoutError` after `timeout` seconds.
+        May be repeated. Raises what the last save failed with (also under `on_error: warn`), or
+        `TimeoutError` after `timeout` seconds, when it stays open.
         """
         if self._is_closed:
             return
+        earlier: CheckpointError | None = None
         try:
-            if self.config.save.on_close and self._last_call is not None and not self._read_only:
-                state, step, epoch, metrics = self._last_call
-                if not self._is_safe(step):
-                    self._raise_failure()
-                    self._save(state, Request(step, epoch, as_floats(metrics), "close()"))
+            if (call := self._last_call) is not None and (self.config.save.on_close or self._schedule.is_asked):
+                try:
+                    self.wait(timeout)
+                except CheckpointError as exc:
+                    earlier = exc
+                request = self._request(*call[1:])
+                if not self._is_safe(request.step) and not self._read_only:
+                    self._save(call[0], replace(request, reason="close()"))
             self.wait(timeout)
         finally:
-            if self._pending is None or self._pending.done():  # after a TimeoutError it stays open
+            if not self._worker.is_busy:
                 self._let_go()
+        if earlier is not None:
+            raise earlier
+        if (last := self._worker.pending) is not None and last.error is not None and self.config.on_error == "warn":
+            raise last.error
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -193,7 +211,7 @@ class CheckpointManager(Catalog):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """After an exception there is no last save: the state may be half a step ahead."""
-        if error is None:
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
             self.close()
             return
         try:
@@ -205,11 +223,13 @@ class CheckpointManager(Catalog):
 
     def _let_go(self) -> None:
         self._is_closed = True
-        if self._request_file is not None:
-            self._request_file.stop()
-        self._signals.uninstall()
-        self._saver.close()
-        self._run.release()
+        try:
+            if self._request_file is not None:
+                self._request_file.stop()
+            self._signals.uninstall()
+            self._worker.close()
+        finally:
+            self._run.release()
 
     # At start-up
 
@@ -238,7 +258,7 @@ class CheckpointManager(Catalog):
         are some but none can be loaded, `NotFoundError` for a step that isn't there,
         `FencedError` when another process writes here, `StoreError` when the store fails.
         """
-        self.wait()
+        self._settle()
         targets = {"model": model, "optimizer": optimizer, **others}
         targets = {name: target for name, target in targets.items() if target is not None}
         try:
@@ -256,6 +276,7 @@ class CheckpointManager(Catalog):
         skip: Sequence[str],
         map_location: str | torch.device,
     ) -> Resumed:
+        self._last_call = None  # it spoke of a state that is about to be replaced
         if not self._read_only:
             if self._fresh:
                 self._run.begin_fresh()
@@ -279,22 +300,31 @@ class CheckpointManager(Catalog):
         return resumed
 
     def _mark(self, info: CheckpointInfo, reason: str) -> None:
-        """A reader leaves no mark."""
+        """A reader leaves no mark; a store that takes none must not hide the sound ones."""
         if not self._read_only and info.damaged is None:
-            self._run.repository.mark_damaged(info, reason)
+            try:
+                self._run.repository.mark_damaged(info, reason)
+            except StoreError as exc:
+                _log.warning("damage.mark.failed step=%d url=%s cause=%s", info.step, self._run.url, exc)
 
     def warm_start(self, url: str | Path, model: torch.nn.Module, **choices: Any) -> WarmStarted:
-        """Copy weights of another run or file into a model, through this manager's storage options:
-        `ckptmgr.warm_start`, which see for the `choices`. Not a resume: call it when `resume` was falsy."""
-        return warm_start(url, model, options=self.config.storage.options, **choices)
+        """Copy weights of another run or file into a model: `ckptmgr.warm_start`, which see for the
+        `choices`, with this manager's storage options unless they hold `options`. Not a resume: call
+        it when `resume` was falsy."""
+        return warm_start(url, model, **{"options": self.config.storage.options, **choices})
 
     # What people change
 
     def delete(self, step: int | str) -> None:
-        """Delete one checkpoint, whatever the keep rules say. Raises `ConfigError` when it is pinned."""
-        self.wait()
+        """Delete one checkpoint, whatever the keep rules say. Raises `ConfigError` when it is pinned,
+        or when there are several of that step: name the folder then."""
+        self._settle()
         self._run.hold()
-        info = self.info(step)
+        infos = self._run.infos()
+        info = self._run.find(step, infos)
+        if len(meant := self._run.repository.find_all(step, infos)) > 1:
+            names = ", ".join(one.name for one in meant)
+            raise ConfigError(f"{step} in {self._run.url} is several checkpoints: {names}; delete one by its name")
         if any(pin.holds(datetime.now(UTC)) for pin in info.pins):
             raise ConfigError(f"step {info.step} in {self._run.url} is pinned; unpin({info.step}) first")
         self._run.drop(info)
@@ -303,26 +333,42 @@ class CheckpointManager(Catalog):
         """What the keep rules say of each checkpoint, carried out unless `dry_run`. Blocks."""
         if dry_run:
             return self._run.plan()
-        self.wait()
+        self._settle()
         self._run.hold()
         return self._run.retain()
 
     def rewind(self, step: int | str) -> None:
         """Archive every checkpoint newer than this one and go on from it; call `resume` to load it.
-        The archived data stays until `ckptmgr prune --archived`."""
-        self.wait()
+        The archived data stays until `ckptmgr prune --archived`. Raises `DamagedError`, with nothing
+        changed, when this one can't be gone on from."""
+        self._settle()
         self._run.hold()
         infos = self._run.infos()
         info = self._run.find(step, infos)
+        if info.damaged is not None or info.manifest is None:
+            raise DamagedError(f"step {info.step} in {self._run.url} is damaged: {info.damaged}; rewind to another")
+        self._run.repository.open(info)
         self._run.go_on_from(info, infos)
-        self._schedule.saved(info.step, info.manifest.epoch if info.manifest else None)
+        self._last_call = None
+        self._schedule.saved(info.step, info.manifest.epoch)
 
     # One save
 
+    def _request(
+        self, step: int, epoch: int | None, metrics: Mapping[str, Any] | None, overwrite: bool = False
+    ) -> Request:
+        """What a call said, checked."""
+        step, epoch = as_count(step, "step"), None if epoch is None else as_count(epoch, "epoch")
+        if step < self._schedule.last_step and not overwrite:
+            self._last_call = None  # nothing to make a last save of
+            raise ConfigError(
+                f"step went back from {self._schedule.last_step} to {step} in {self._run.url}: begin the loop at "
+                f"resume().step + 1, or go back on purpose with resume(step={step})"
+            )
+        return Request(step, epoch, as_floats(metrics), overwrite=overwrite)
+
     def _save(self, state: State, request: Request) -> Pending:
-        if self._is_closed:
-            raise ConfigError(f"the manager of {self._run.url} is closed; step {request.step} was not saved")
-        self.wait()
+        self._settle()
         if self._fresh:
             self._run.begin_fresh()
             self._fresh = False
@@ -332,32 +378,21 @@ class CheckpointManager(Catalog):
                 f"step {request.step} is in {self._run.url} already; pass overwrite=True to replace it, "
                 "or save another step"
             )
+        self._run.repository.names.format(request.step, request.epoch, self._run.name or "")  # now, not in the thread
+        pending = self._saver.start(as_mapping(state), request, self._worker, self._schedule.alert)
         self._schedule.saved(request.step, request.epoch)
-        self._pending = self._saver.start(as_mapping(state), request, self._schedule.alert)
+        if pending.done():
+            self._schedule.alert()  # it may have alerted before `saved` took that back
         if not self.config.background:
-            self._raise_failure()
-        return self._pending
+            self._worker.raise_failure()
+        return pending
+
+    def _settle(self) -> None:
+        """Wait for the save in flight, before what needs the root to itself."""
+        if self._is_closed:
+            raise ConfigError(f"the manager of {self._run.url} is closed; open a new one")
+        self.wait()
 
     def _is_safe(self, step: int) -> bool:
         """Whether a step is committed, or on its way there."""
-        if self._pending is not None and self._pending.step == step and self._pending.error is None:
-            return True
-        return step in self._run.steps
-
-    def _raise_failure(self) -> None:
-        """What the last save failed with, once; under `on_error: warn` only when the budget is spent."""
-        pending = self._pending
-        if pending is None or not pending.done():
-            return
-        error = pending.take_error()
-        if error is None:
-            self._failures = self._failures if pending.error else 0
-            return
-        self._failures += 1
-        tolerated = self.config.on_error == "warn" and not isinstance(error, FencedError)
-        if not tolerated or self._failures > self.config.max_failures:
-            raise error
-        _log.warning(
-            "save.failed.tolerated step=%d count=%d of %d cause=%s",
-            pending.step, self._failures, self.config.max_failures, error,
-        )  # fmt: skip
+        return self._worker.is_saving(step) or step in self._run.steps

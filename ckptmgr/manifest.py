@@ -23,6 +23,7 @@ DIGEST = "xxh3_128"
 PIECE_SIZE = 64 << 20  # bytes; each piece of a file has a digest of its own
 MAX_MANIFEST_SIZE = 64 << 20  # bytes; more is not a manifest
 
+_SAMPLE_STEP = 1234567890  # long enough to show separators and exponents
 _FILE_PART = re.compile(r"[A-Za-z0-9._+=@%~-]+")
 _FOLDER = re.compile(r"[A-Za-z0-9_+=@%~-][A-Za-z0-9._+=@%~-]*")
 
@@ -185,8 +186,10 @@ def checked_name(name: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Keeps a checkpoint from every keep rule until `expires` (None: for ever)."""
+    """Keeps the checkpoint with this folder and nonce from every keep rule until `expires` (None: for ever)."""
 
+    name: str
+    nonce: str
     step: int
     tag: str | None = None
     expires: datetime | None = None
@@ -236,7 +239,7 @@ class NameTemplate:
         self.template = template
         try:
             fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-            sample = template.format(step=1, epoch=1, run="run")
+            sample = template.format(step=_SAMPLE_STEP, epoch=1, run="run")
         except (ValueError, KeyError, IndexError, AttributeError) as exc:
             raise ConfigError(
                 f"name: {template!r} is not a template: {exc!r}; fields are {{step}}, {{epoch}}, {{run}}"
@@ -253,6 +256,8 @@ class NameTemplate:
             )
         self.needs_epoch = "epoch" in fields
         self._regex = self._compile()
+        if self.step(sample) != _SAMPLE_STEP:
+            raise ConfigError(f"name: {template!r} gives folders like {sample!r}, whose step can't be told from it")
 
     def _compile(self) -> re.Pattern[str]:
         regex, seen = "", False
@@ -266,12 +271,28 @@ class NameTemplate:
         return re.compile(regex + r"(?:\.\d+)?")  # ".2": a second checkpoint of the same step
 
     def format(self, step: int, epoch: int | None, run: str) -> str:
-        """The folder for a step. Raises `ConfigError` when the template needs an epoch and the call gave none."""
+        """The folder for a step. Raises `ConfigError` when the template needs an epoch and the call gave
+        none, and when the run's name makes it no folder that a listing would take for a checkpoint's."""
         if epoch is None and self.needs_epoch:
             raise ConfigError(f"name: {self.template!r} needs an epoch; pass epoch= with step {step}")
-        return self.template.format(step=step, epoch=epoch, run=run)
+        name = self.template.format(step=step, epoch=epoch, run=run)
+        if not _FOLDER.fullmatch(name):
+            raise ConfigError(
+                f"name: {self.template!r} gives step {step} of run {run!r} the folder {name!r}; use letters, digits "
+                "and . _ + = @ % ~ -, and no dot in front"
+            )
+        return name
 
     def step(self, name: str) -> int | None:
         """The step in a folder's name, matched whole, or None."""
         match = self._regex.fullmatch(name)
         return int(match["step"]) if match else None
+
+
+DEFAULT_NAMES = NameTemplate("step-{step:08d}")
+
+
+def guessed_step(name: str) -> int:
+    """The step that a folder of an unknown template seems to have: its last number, else 0."""
+    numbers = re.findall(r"\d+", re.sub(r"(?<=\d)\.\d+$", "", name))  # ".2": a second one of the same step
+    return int(numbers[-1]) if numbers else 0

@@ -1,26 +1,32 @@
 """What is written beside the checkpoints, never into them? The records below `.ckptmgr/`.
 
-`pins/` keep checkpoints, `damaged/` remembers what failed to load, `archive/` holds the manifests
-of a branch that was rewound, `trash/` those of checkpoints whose data is being deleted. Drafts
-(`draft`) and the writer's lock (`lock`) live there too.
+`damaged/` remembers what failed to load, `archive/` holds the manifests of a branch that was
+rewound, `trash/` those of checkpoints whose data is being deleted. Pins (`pins`), drafts (`draft`)
+and the writer's lock (`lock`) live there too. One record that can't be read stops nothing.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
-from .errors import ConfigError, DamagedError, NotFoundError
-from .manifest import Manifest, Pin
+from .errors import ConfigError, DamagedError, FormatVersionError, NotFoundError, StoreError
+from .manifest import Manifest
 from .store import Store
 
 FOLDER = ".ckptmgr"
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 RESERVED_TAGS = ("latest", "best")
+# No permission, or no plain file (`LocalStore` says EINVAL of a folder, and of a link ELOOP).
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ELOOP}
+
+_log = logging.getLogger("ckptmgr.records")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +53,6 @@ class Records:
         """Every record there is, from one listing."""
         return [entry.key for entry in self._store.list(FOLDER, recursive=True)]
 
-    # Pins
-
-    def pins(self, keys: Iterable[str]) -> list[Pin]:
-        return [pin for key in keys if key.startswith(f"{FOLDER}/pins/") and (pin := self._pin(key)) is not None]
-
-    def _pin(self, key: str) -> Pin | None:
-        try:
-            body = json.loads(self._store.get(key))
-            expires = body["expires"]
-            return Pin(int(body["step"]), body["tag"], None if expires is None else datetime.fromisoformat(expires))
-        except NotFoundError:
-            return None  # unpinned since the listing
-        except (ValueError, KeyError, TypeError) as exc:
-            # A pin protects: one that can't be read must not end in a deletion.
-            raise DamagedError(f"{self._store.url}/{key} is not a pin: {exc!r}; remove it, then pin again") from exc
-
-    def pin(self, pin: Pin) -> None:
-        body = {
-            "step": pin.step,
-            "tag": pin.tag,
-            "expires": None if pin.expires is None else pin.expires.isoformat(),
-        }
-        self._store.put(self._pin_key(pin.step, pin.tag), json.dumps(body).encode())
-
-    def unpin(self, step: int, tag: str | None, keys: Iterable[str]) -> int:
-        """Remove a step's pins, or the one with a tag; answers how many there were."""
-        one, every = self._pin_key(step, tag), f"{FOLDER}/pins/{step}."
-        gone = [key for key in keys if (key.startswith(every) if tag is None else key == one)]
-        self._store.delete(gone)
-        return len(gone)
-
-    def _pin_key(self, step: int, tag: str | None) -> str:
-        return f"{FOLDER}/pins/{step}.{'' if tag is None else checked_tag(tag) + '.'}json"
-
     # Damage
 
     def damaged(self, keys: Iterable[str]) -> dict[tuple[str, str], str]:
@@ -93,6 +65,10 @@ class Records:
                     marks[name, nonce] = str(json.loads(self._store.get(key))["reason"])
                 except NotFoundError:
                     continue
+                except StoreError as exc:
+                    if not is_refused(self._store, exc):
+                        raise
+                    marks[name, nonce] = "marked as damaged"
                 except (ValueError, KeyError, TypeError):
                     marks[name, nonce] = "marked as damaged"
         return marks
@@ -116,16 +92,27 @@ class Records:
         return Aside(key, name, manifest)
 
     def asides(self, kind: str, keys: Iterable[str]) -> list[Aside]:
-        found = []
-        for key in keys:
-            if key.startswith(f"{FOLDER}/{kind}/"):
-                try:
-                    manifest = Manifest.from_json(self._store.get(key))
-                except NotFoundError:
-                    continue
-                name = key.rsplit("/", 1)[1].removesuffix(f".{manifest.nonce}.json")
-                found.append(Aside(key, name, manifest))
-        return found
+        """What was put aside. What can't be read is left where it is, with a warning."""
+        start = f"{FOLDER}/{kind}/"
+        return [aside for key in keys if key.startswith(start) and (aside := self._aside(key, start)) is not None]
+
+    def _aside(self, key: str, start: str) -> Aside | None:
+        try:
+            manifest = Manifest.from_json(self._store.get(key))
+            name = key[len(start) :].removesuffix(f".{manifest.nonce}.json")
+            if f"{start}{name}" == key:
+                raise DamagedError(f"its manifest has another nonce, {manifest.nonce}")
+            return Aside(key, name, manifest)
+        except NotFoundError:
+            return None
+        except StoreError as exc:
+            if not is_refused(self._store, exc):
+                raise
+            cause: Exception = exc
+        except (DamagedError, FormatVersionError) as exc:
+            cause = exc
+        _log.warning("record.read.failed key=%s/%s cause=%s (left as it is)", self._store.url, key, cause)
+        return None
 
 
 def checked_tag(tag: str) -> str:
@@ -135,6 +122,11 @@ def checked_tag(tag: str) -> str:
             f"tag {tag!r} is not usable: letters, digits, _ and -, not only digits, none of {', '.join(RESERVED_TAGS)}"
         )
     return tag
+
+
+def is_refused(store: Store, error: StoreError) -> bool:
+    """Whether this machine refuses one file for good. A network's error never says that."""
+    return store.path is not None and error.errno in _REFUSED
 
 
 def new_nonce() -> str:

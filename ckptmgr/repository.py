@@ -9,15 +9,17 @@ what is ours. Methods that change the root expect the caller to hold the writer'
 from __future__ import annotations
 
 import logging
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 from .draft import DRAFTS, Draft, discard
 from .errors import ConfigError, DamagedError, FormatVersionError, NotFoundError, StoreError
-from .manifest import MANIFEST_NAME, CheckpointInfo, Manifest, NameTemplate, Pin
-from .records import Aside, Records, checked_tag, new_nonce
+from .manifest import DEFAULT_NAMES, MANIFEST_NAME, CheckpointInfo, Manifest, NameTemplate, Pin, guessed_step
+from .pins import Pins
+from .records import Aside, Records, checked_tag, is_refused, new_nonce
 from .source import Problem, Source
 from .store import Store
 
@@ -44,8 +46,8 @@ class Repository:
                 "use auto or manifest"
             )
         self.store = store
-        self.names = names or NameTemplate("step-{step:08d}")
-        self._records = Records(store)
+        self.names = names or DEFAULT_NAMES
+        self._records, self._pins = Records(store), Pins(store)
         self._pointer = pointer
         self._commit = commit
 
@@ -65,7 +67,7 @@ class Repository:
         if not folders:
             return []
         keys = self._records.keys()
-        pins, marks = self._records.pins(keys), self._records.damaged(keys)
+        pins, marks = self._pins.read(keys), self._records.damaged(keys)
         if self.store.path is not None:
             found = [self._info(name) for name in folders]
         else:
@@ -77,21 +79,33 @@ class Repository:
             attempt = info.manifest.attempt if info.manifest else attempt
             nonce = info.manifest.nonce if info.manifest else ""
             damaged = info.damaged or marks.get((info.name, nonce))
-            held = tuple(pin for pin in pins if pin.step == info.step)
+            # Whichever one it was: one that can't be read has no nonce to tell.
+            held = tuple(pin for pin in pins if pin.name == info.name and (pin.nonce == nonce or not nonce))
             guess = attempt if info.manifest is None else 0
             infos.append(CheckpointInfo(info.name, info.step, info.manifest, damaged, held, guess))
         return sorted(infos, key=lambda info: info.order, reverse=True)
 
     def _info(self, name: str) -> CheckpointInfo | None:
+        # Someone else's manifest.json in someone else's folder is no checkpoint, and no obstacle either.
+        step = next((step for names in (self.names, DEFAULT_NAMES) if (step := names.step(name)) is not None), None)
         try:
-            manifest = Manifest.from_json(self.store.get(f"{name}/{MANIFEST_NAME}"))
+            data = self.store.get(f"{name}/{MANIFEST_NAME}")
         except NotFoundError:
             return None  # a draft, or nothing of ours
+        except StoreError as exc:
+            if step is not None or not is_refused(self.store, exc):
+                raise
+            _log.debug("folder.skip.refused url=%s/%s cause=%s", self.store.url, name, exc)
+            return None
+        if step is None and b'"format_version"' in data and b'"nonce"' in data:
+            step = guessed_step(name)  # ours, from when `name` was another
+        try:
+            manifest = Manifest.from_json(data)
         except FormatVersionError as exc:
+            if step is None:
+                return None
             raise FormatVersionError(f"{self.store.url}/{name}: {exc}") from exc
         except DamagedError as exc:
-            step = self.names.step(name)
-            # Someone else's manifest.json in someone else's folder is not a damaged checkpoint.
             return None if step is None else CheckpointInfo(name, step, None, str(exc))
         return CheckpointInfo(name, manifest.step, manifest)
 
@@ -101,19 +115,23 @@ class Repository:
         Raises `NotFoundError` that says what there is.
         """
         infos = self.infos() if infos is None else infos
-        if which == "latest":
-            matches = [info for info in infos if info.damaged is None]
-        elif isinstance(which, int) or which.isdecimal():
-            # Of equal steps the newer attempt's, and a sound one before a damaged one.
-            matches = sorted((i for i in infos if i.step == int(which)), key=lambda i: i.damaged is not None)
-        else:
-            matches = [info for info in infos if info.name == which or which in info.tags]
+        matches = self.find_all(which, infos)
         if not matches:
-            what = f"step {which}" if isinstance(which, int) or which.isdecimal() else repr(which)
+            what = repr(which) if _as_step(which) is None else f"step {which}"
             there = ", ".join(str(info.step) for info in infos[:10]) or "none"
             more = f" and {len(infos) - 10} more" if len(infos) > 10 else ""
             raise NotFoundError(f"no checkpoint {what} in {self.store.url}; steps there: {there}{more}")
         return matches[0]
+
+    def find_all(self, which: int | str, infos: Sequence[CheckpointInfo] | None = None) -> list[CheckpointInfo]:
+        """All that `find` could have meant, its answer first: what is about to be deleted must be one."""
+        infos = self.infos() if infos is None else infos
+        if which == "latest":
+            return [info for info in infos if info.damaged is None][:1]
+        if (step := _as_step(which)) is not None:
+            # Of equal steps a sound one before a damaged one, then the newer attempt's.
+            return sorted((info for info in infos if info.step == step), key=lambda info: info.damaged is not None)
+        return [info for info in infos if info.name == which] or [info for info in infos if which in info.tags]
 
     def pointer(self) -> str | None:
         """What the pointer says: a hint, to be believed only together with its manifest."""
@@ -173,6 +191,7 @@ class Repository:
         if info.manifest is None:
             self.store.delete([f"{info.name}/{MANIFEST_NAME}"])
             self.store.delete([f"{info.name}/"])
+            self._pins.forget(info.name, None, self._records.keys())
         else:
             tombstone = self._records.put_aside("trash", info.name, info.manifest)
             self.store.delete([f"{info.name}/{MANIFEST_NAME}"])
@@ -184,16 +203,18 @@ class Repository:
         # Another save of the step may have taken the folder since.
         kept = {file.name for file in there.manifest.files} if there and there.manifest else set()
         self.store.delete([f"{aside.name}/{file.name}" for file in aside.manifest.files if file.name not in kept])
+        self._pins.forget(aside.name, aside.manifest.nonce, self._records.keys())
         self._records.forget(aside)
         self.store.delete([aside.key])  # last: it is what leads a sweep here
 
     def archive(self, info: CheckpointInfo) -> None:
-        """Make a checkpoint no checkpoint, and keep its data until `drop_archived`. One whose
-        manifest can't be read stays where it is: it is no checkpoint to anyone."""
+        """Make a checkpoint no checkpoint, without its pins, and keep its data until `drop_archived`.
+        One whose manifest can't be read stays where it is: it is no checkpoint to anyone."""
         if info.manifest is None:
             return
         self._records.put_aside("archive", info.name, info.manifest)
         self.store.delete([f"{info.name}/{MANIFEST_NAME}"])
+        self._pins.forget(info.name, info.manifest.nonce, self._records.keys())
         _log.info("checkpoint.archive.done step=%d url=%s/%s", info.step, self.store.url, info.name)
 
     def archived(self) -> list[Aside]:
@@ -209,18 +230,44 @@ class Repository:
         if info.manifest is not None:
             self._records.mark_damaged(info.name, info.manifest.nonce, reason, datetime.now(UTC))
 
-    def pin(self, info: CheckpointInfo, tag: str | None = None, expires: datetime | None = None) -> None:
-        """Keep a checkpoint from every keep rule. Needs no lock: readers pin what they read."""
-        if tag is not None:
-            checked_tag(tag)
-            for other in self.infos():
-                if tag in other.tags and other.step != info.step:
-                    raise ConfigError(f"tag {tag!r} is on step {other.step} already; unpin it there first")
-        self._records.pin(Pin(info.step, tag, expires))
+    # What must stay
 
-    def unpin(self, step: int, tag: str | None = None) -> int:
-        """Remove a step's pins, or the one with a tag; answers how many there were."""
-        return self._records.unpin(step, tag, self._records.keys())
+    def pin(self, info: CheckpointInfo, tag: str | None = None, expires: datetime | None = None) -> None:
+        """Keep a checkpoint from every keep rule. Needs no lock: readers pin what they read. Raises
+        `DamagedError` for one whose manifest can't be read, `ConfigError` for a tag that can't be had."""
+        if info.manifest is None:
+            raise DamagedError(f"{self.store.url}/{info.name} can't be pinned: {info.damaged}")
+        if tag is not None:
+            self.check_tag_free(tag, [other for other in self.infos() if other.name != info.name])
+        self._pins.put(Pin(info.name, info.manifest.nonce, info.step, tag, expires))
+
+    def check_tag_free(self, tag: str, others: Iterable[CheckpointInfo]) -> None:
+        """Raises `ConfigError` when a tag is not usable, or one of the `others` has it."""
+        checked_tag(tag)
+        for other in others:
+            if tag in other.tags:
+                raise ConfigError(
+                    f"tag {tag!r} is on step {other.step} ({self.store.url}/{other.name}) already; "
+                    "unpin or delete that one first, or use another tag"
+                )
+
+    def pins(self, which: int | str, tag: str | None = None) -> list[Pin]:
+        """The pins (only those with `tag`) that a step, folder name or tag means, also where the
+        checkpoint itself is gone."""
+        held = {pin for info in self.find_all(which) for pin in info.pins}
+        step = _as_step(which)
+        meant = [
+            pin
+            for pin in self._pins.read(self._records.keys())
+            if pin in held or (which in (pin.name, pin.tag) if step is None else pin.step == step)
+        ]
+        return [pin for pin in meant if tag in (None, pin.tag)]
+
+    def unpin(self, which: int | str, tag: str | None = None) -> int:
+        """Remove what `pins` lists; answers how many there were."""
+        pins = self.pins(which, tag)
+        self._pins.remove(pins)
+        return len(pins)
 
     # What dead processes left
 
@@ -239,12 +286,23 @@ class Repository:
             elif aside.is_dropped:
                 self._delete_data(aside)
             else:
+                self._pins.forget(aside.name, aside.manifest.nonce, keys)
                 continue
             done += 1
         for entry in self.store.list(DRAFTS):
             if match := _DRAFT.fullmatch(entry.name):
-                discard(self.store, match["name"], match["nonce"])
-                done += 1
+                try:
+                    discard(self.store, match["name"], match["nonce"])
+                except (DamagedError, FormatVersionError) as exc:
+                    _log.warning("draft.sweep.kept key=%s/%s cause=%s", self.store.url, entry.key, exc)
+                else:
+                    done += 1
         if done:
             _log.info("root.sweep.done url=%s removed=%d", self.store.url, done)
         return done
+
+
+def _as_step(which: int | str) -> int | None:
+    if isinstance(which, str):
+        return int(which) if which.isdecimal() else None
+    return operator.index(which)  # a numpy integer too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Callable
 
 from .errors import CheckpointError, NotFoundError
@@ -17,7 +18,7 @@ _STOP_TIMEOUT_S = 5.0
 
 
 class RequestFile:
-    """A daemon thread that looks for the file `key` in a store every `every_s` seconds.
+    """A daemon thread that looks for the file `key` in a store every `every_s` seconds, until stopped or dropped.
 
     A file found is removed first, then `on_request` gets the reason: the key, and the first line
     of what the file holds. It is called in the thread that looked. A file that can't be removed is
@@ -35,7 +36,8 @@ class RequestFile:
     def start(self) -> None:
         """Begin to look, at once and then again and again. May be repeated; does not block."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="ckptmgr-request-file", daemon=True)
+            looks = (weakref.ref(self), self._stopping, self._every_s)
+            self._thread = threading.Thread(target=_keep_looking, args=looks, name="ckptmgr-request-file", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -62,11 +64,6 @@ class RequestFile:
             self._on_request(reason)
         return reason is not None
 
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            self.look()
-            self._stopping.wait(self._every_s)
-
     def _taken(self) -> str | None:
         entry = self._store.stat(self._key)
         if entry is None:
@@ -80,3 +77,14 @@ class RequestFile:
         lines = start.decode(errors="replace").split("\n", 1)[0]
         words = "".join(c if c.isprintable() else " " for c in lines).strip()[:_MAX_REASON]
         return f"{self._key}: {words}" if words else self._key
+
+
+def _keep_looking(held: weakref.ref[RequestFile], stopping: threading.Event, every_s: float) -> None:
+    """The thread's work. It keeps nothing alive: in a notebook a dropped one would take its successor's file."""
+    while not stopping.is_set():
+        file = held()
+        if file is None:
+            return
+        file.look()
+        del file
+        stopping.wait(every_s)

@@ -191,10 +191,11 @@ def plan(
 
 
 def _must_stay(good: Sequence[CheckpointInfo], rivals: Sequence[CheckpointInfo], min_good: int) -> set[str]:
-    """The newest good one, and the `min_good` newest: healthy ones first, superseded ones only where others lack."""
+    """The newest good one, and the `min_good` newest: healthy ones first, among
+    them superseded ones only where others lack."""
     rival_names = {info.name for info in rivals}
     # The sort is stable: newest first among equals.
-    preferred = sorted(good, key=lambda info: (info.name not in rival_names, not _is_healthy(info)))
+    preferred = sorted(good, key=lambda info: (not _is_healthy(info), info.name not in rival_names))
     return {info.name for info in (*good[:1], *preferred[:min_good])}
 
 

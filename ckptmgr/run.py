@@ -99,6 +99,8 @@ class Run:
                 ttl_s=self._config.lease_ttl.total_seconds(),
             )
             self.repository.sweep()
+        else:
+            self.check()
 
     @property
     def attempt(self) -> int:
@@ -137,7 +139,7 @@ class Run:
         self._begin_new()
 
     def go_on_from(self, info: CheckpointInfo, infos: Sequence[CheckpointInfo]) -> None:
-        """Continue the run from a checkpoint; those of `infos` that are newer and sound are archived."""
+        """Continue the run from a sound checkpoint; those of `infos` that are newer and sound are archived."""
         assert info.manifest is not None
         self.hold()
         newer = [other for other in infos if other.order > info.order and other.damaged is None]
@@ -145,7 +147,9 @@ class Run:
         if newer:
             self.repository.point(info.name)
         self.name, self.parent, self.is_begun = info.manifest.run, info.step, True
-        self.steps = {other.step for other in infos if other.order <= info.order and other.damaged is None}
+        # A step of an older attempt that lies ahead was committed by a writer that had been fenced off.
+        older = (other for other in infos if other.order <= info.order and other.step <= info.step)
+        self.steps = {other.step for other in older if other.damaged is None}
 
     def _archive(self, newest_first: Sequence[CheckpointInfo]) -> None:
         """Newest first: a crash on the way leaves an unbroken branch."""
@@ -154,18 +158,18 @@ class Run:
 
     # Writing
 
-    def committed(self, info: CheckpointInfo, *, replaces: bool, pin: bool) -> None:
-        """After a commit, in its order: the pin, the pointer, what it replaces, the keep rules. A
-        failure here leaves more than was wanted, never less: a warning."""
+    def committed(self, info: CheckpointInfo, *, replaces: bool) -> None:
+        """After a commit, in its order: the pointer, what it replaces, the keep rules. A failure here
+        leaves more than was wanted, never less: a warning."""
         self.parent = info.step
         self.steps.add(info.step)
         try:
-            if pin:
-                self.repository.pin(info)
             self.repository.point(info.name)
             if replaces:
+                now = datetime.now(UTC)
                 for old in self.infos():
-                    if old.step == info.step and old.name != info.name and not old.pins:
+                    is_pinned = any(pin.holds(now) for pin in old.pins)
+                    if old.step == info.step and old.name != info.name and not is_pinned:
                         self.repository.drop(old)
             self.retain()
         except CheckpointError as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ from .state.snapshot import Snapshot
 
 _log = logging.getLogger("ckptmgr.save")
 
+_RESERVED = {"step", "strict", "skip", "map_location", "rng"}
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -35,7 +38,7 @@ class Request:
     step: int
     epoch: int | None
     metrics: Mapping[str, float]
-    reason: str
+    reason: str = ""
     tags: tuple[str, ...] = ()
     pin: bool = False
     overwrite: bool = False
@@ -47,11 +50,10 @@ class Saver:
     def __init__(self, run: Run, config: CheckpointConfig, ranks: Coordinator) -> None:
         self._run, self._config, self._ranks = run, config, ranks
         self._format = open_format(config.format, split_size_bytes=config.split_size)
-        self._worker = Worker(background=config.background)
 
-    def start(self, objects: Mapping[str, Any], request: Request, after: Callable[[], None]) -> Pending:
-        """Capture and copy the state, then write it. Blocks until training may change the state
-        again; without `background` until the checkpoint is durable. `after` is called when it has ended."""
+    def start(self, objects: Mapping[str, Any], request: Request, worker: Worker, after: Callable[[], None]) -> Pending:
+        """Capture and copy the state, then have the worker write it. Blocks until training may change
+        the state again; without `background` until the checkpoint is durable. `after` is called when it has ended."""
         began = time.monotonic()
         snapshot = capture(objects, only=self._config.only)
         healthy = self._is_healthy(snapshot, request)
@@ -81,7 +83,12 @@ class Saver:
         stall = time.monotonic() - began
 
         def save() -> CheckpointInfo:
-            info = self._write(snapshot, about, request)
+            try:
+                info = self._write(snapshot, about, request)
+            except Exception as exc:
+                # The caller hears of it at its next call; a script that makes none has this line.
+                _log.error("save.failed step=%d url=%s cause=%s", request.step, self._run.url, exc)
+                raise
             size = info.manifest.size if info.manifest else 0
             _log.info(
                 "save.commit.done step=%d url=%s/%s bytes=%d stall_s=%.3f durable_s=%.3f reason=%s",
@@ -89,7 +96,7 @@ class Saver:
             )  # fmt: skip
             return info
 
-        return self._worker.submit(request.step, self._run.url, save, after)
+        return worker.submit(request.step, self._run.url, save, after)
 
     def _is_healthy(self, snapshot: Snapshot, request: Request) -> bool:
         odd = [f"metric {name}" for name, value in request.metrics.items() if not math.isfinite(value)]
@@ -106,7 +113,7 @@ class Saver:
             draft = repository.begin(request.step, request.epoch, about.run)
             try:
                 self._format.write(snapshot, draft)
-                info = draft.commit(about, self._config.verify.on_save, self._run.check)
+                info = draft.commit(about, self._config.verify.on_save, self._run.check, pin=request.pin)
             except BaseException:
                 draft.abort()
                 raise
@@ -116,12 +123,8 @@ class Saver:
             raise SaveFailedError(
                 f"step {request.step} was not saved to {self._run.url}: {exc}; the checkpoints before it are untouched"
             ) from exc
-        self._run.committed(info, replaces=request.overwrite, pin=request.pin)
+        self._run.committed(info, replaces=request.overwrite)
         return info
-
-    def close(self) -> None:
-        """Wait for the save in flight and end the thread."""
-        self._worker.close()
 
 
 def as_floats(metrics: Mapping[str, Any] | None) -> Mapping[str, float]:
@@ -130,17 +133,31 @@ def as_floats(metrics: Mapping[str, Any] | None) -> Mapping[str, float]:
     for name, value in (metrics or {}).items():
         try:
             values[str(name)] = float(value.detach() if isinstance(value, torch.Tensor) else value)
-        except (TypeError, ValueError, RuntimeError) as exc:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as exc:
             raise ConfigError(f"metric {name!r} is {value!r:.100}, not a number: {exc}") from exc
     return values
 
 
 def as_mapping(state: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
     """The state itself, from the callable if it is one. Raises `ConfigError` for anything else."""
-    objects = state if isinstance(state, Mapping) else state() if callable(state) else state
+    is_factory = callable(state) and not hasattr(state, "state_dict")
+    objects = state() if is_factory and not isinstance(state, Mapping) else state
     if not isinstance(objects, Mapping) or not objects:
         raise ConfigError(
             f"state must be a mapping of entry names to objects, such as {{'model': model}}, or a callable that "
             f"returns one; got {type(objects).__name__}"
         )
+    if taken := [name for name in objects if name in _RESERVED]:
+        raise ConfigError(f"an entry can't be named {', '.join(taken)}: resume() takes that as an argument; rename it")
     return objects
+
+
+def as_count(value: Any, name: str) -> int:
+    """A step or an epoch. Raises `ConfigError` for what does not count completed ones: 1.5, -1, True."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = -1
+    if isinstance(value, bool) or count < 0:
+        raise ConfigError(f"{name}={value!r}: {name} counts completed {name}s, a whole number of at least 0")
+    return count

@@ -20,7 +20,7 @@ class Schedule:
         self._rule, self._signals, self._clock = rule, signals, clock
         self._requests: list[str] = []
         self._alert = False
-        self._last_step, self._last_epoch, self._last_time = 0, 0, clock()
+        self.last_step, self._last_epoch, self._last_time = 0, 0, clock()
         self._quiet_step = self._quiet_epoch = self._quiet_time = -math.inf
         self._look_ahead()
 
@@ -36,7 +36,7 @@ class Schedule:
     def is_quiet(self, step: int, epoch: int | None) -> bool:
         """Whether no save can be due and nothing else needs attention: the loop's fast path."""
         return (
-            step < self._quiet_step
+            self.last_step <= step < self._quiet_step
             and not self._alert
             and self._clock() < self._quiet_time
             and (epoch is None or epoch < self._quiet_epoch)
@@ -49,7 +49,7 @@ class Schedule:
             epoch,
             metrics,
             self._clock() - self._last_time,
-            self._last_step,
+            self.last_step,
             self._last_epoch,
             self._signals.pending,
             tuple(self._requests),
@@ -57,22 +57,27 @@ class Schedule:
         return Decision(self._rule.due(moment))
 
     def calm(self) -> None:
-        """Nothing was due: back to the fast path."""
+        """Back to the fast path. Whoever calls it looks afterwards at whatever may have alerted."""
         self._alert = False  # first: what comes in between sets it again
-        if self._requests or self._signals.pending:
+        if self.is_asked:
             self._alert = True
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a signal or a request has come that no save has answered yet."""
+        return bool(self._requests or self._signals.pending)
 
     def saved(self, step: int, epoch: int | None) -> None:
         """A save of this step was begun, or its state restored: clocks and multiples go on from here."""
         self._alert = False  # first, as above
         self._signals.take()
         self._requests.clear()
-        self._last_step, self._last_time = step, self._clock()
+        self.last_step, self._last_time = step, self._clock()
         self._last_epoch = self._last_epoch if epoch is None else epoch
         self._look_ahead()
 
     def _look_ahead(self) -> None:
-        now = Moment(self._last_step, self._last_epoch, last_step=self._last_step, last_epoch=self._last_epoch)
+        now = Moment(self.last_step, self._last_epoch, last_step=self.last_step, last_epoch=self._last_epoch)
         horizon: Horizon = self._rule.horizon(now)
         self._quiet_step, self._quiet_epoch = horizon.step, horizon.epoch
         self._quiet_time = self._last_time + horizon.elapsed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from .repository import Repository
 from .resumption import Reader
 from .state.names import clean_names, pair
 from .store import open_store
+from .store.local import local_path
 
 _log = logging.getLogger("ckptmgr.warm_start")
 
@@ -135,16 +137,20 @@ def _unpickled(file: BinaryIO, url: str) -> Any:
 
 def _from_checkpoint(url: str, entry: str, options: dict[str, Any]) -> Any:
     """The newest good checkpoint of a root, or the one whose folder this is."""
-    root = url.rstrip("/")
-    store, which = open_store(root, options), "latest"
+    path = local_path(url)
+    # Without links, or the folder's parent need not be the root that it is in.
+    root = url.rstrip("/") if path is None else Path(os.path.realpath(path)).as_posix()
+    store, folder = open_store(root, options), None
     if store.stat(MANIFEST_NAME) is not None:
-        root, _, which = root.rpartition("/")
-        store = open_store(root, options)
+        root, _, folder = root.rpartition("/")
+        store = open_store(root or "/", options)
     repository = Repository(store)
-    infos = repository.infos()
+    infos = [info for info in repository.infos() if folder in (None, info.name)]
+    if not infos:
+        raise NotFoundError(f"no checkpoint in {url}; give a run's root, one checkpoint's folder, or a file of weights")
     source = Reader(repository, "fast", trust_pickle=False)
     failure: DamagedError | None = None
-    for info in infos if which == "latest" and infos else [repository.find(which, infos)]:
+    for info in infos:
         try:
             return source.load(info, [entry], "cpu")[entry]
         except DamagedError as exc:

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -442,6 +443,14 @@ def test_rm_deletes_nothing_when_one_of_its_steps_must_stay(repository: Reposito
     assert steps(url) == [300, 200, 100]
 
 
+def test_rm_of_a_step_that_two_checkpoints_have_asks_for_the_folder(repository: Repository, url: str) -> None:
+    second = commit(repository, 200, attempt=2)
+    stderr = call("rm", url, "200", "--yes", expect=WRONG).stderr
+    assert "200 could mean step-00000200.2, step-00000200: give the folder's name; nothing was deleted" in stderr
+    assert answer("rm", url, "step-00000200", "--yes")["dropped"] == ["step-00000200"]
+    assert repository.find_all(200) == [second]
+
+
 def test_rm_leaves_a_good_checkpoint_unless_forced(repository: Repository, url: str) -> None:
     repository.mark_damaged(repository.find(100), "torn")
     assert "--force" in call("rm", url, "200", "300", "--yes", expect=WRONG).stderr
@@ -498,8 +507,20 @@ def test_a_pin_can_end_by_itself_and_have_company(repository: Repository, url: s
 
 def test_a_pin_that_outlived_its_checkpoint_can_be_removed(repository: Repository, url: str) -> None:
     repository.pin(repository.find(100))
-    repository.drop(repository.find(100))
-    assert answer("unpin", url, "100")["removed"] == 1
+    repository.pin(repository.find(200), "paper")
+    for name in ("step-00000100", "step-00000200"):
+        shutil.rmtree(Path(url) / name)
+    assert answer("unpin", url, "100") == {"step": 100, "tag": None, "removed": 1}
+    assert call("unpin", url, "paper").stdout == "removed 1 pin of step 200\n"
+    assert call("unpin", url, "paper", expect=NOT_FOUND).stderr == f"ckptmgr: 'paper' in {url} has no pin\n"
+
+
+def test_unpin_takes_best(repository: Repository, url: str, tmp_path: Path) -> None:
+    path = config_file(tmp_path, root=url, keep={"best": {"metric": "loss", "mode": "min"}})
+    repository.pin(repository.find(300), "paper")
+    repository.pin(repository.find(200))
+    assert answer("unpin", path, "best") == {"step": 300, "tag": None, "removed": 1}
+    assert [pin.step for pin in repository.pins(200)] == [200]
 
 
 @pytest.mark.parametrize("args", [["--ttl", "soon"], ["--tag", "latest"], ["--tag", "7"]])

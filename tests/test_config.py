@@ -302,7 +302,12 @@ def test_signals_that_do_not_exist_or_cannot_be_waited_for_are_refused(given_: s
         (
             {"name": "{run}-{step}", "run": "my run"},
             "argument: name: '{run}-{step}' given; puts the run's name 'my run' into folder names, which take letters, "
-            "digits and . _ + = @ % ~ -",
+            "digits and . _ + = @ % ~ - and begin with no dot",
+        ),
+        (
+            {"name": "{run}-{step}", "run": ".hid"},
+            "argument: name: '{run}-{step}' given; puts the run's name '.hid' into folder names, which take letters, "
+            "digits and . _ + = @ % ~ - and begin with no dot",
         ),
         (
             {"latest": "step-00000005"},

@@ -19,12 +19,13 @@ from ckptmgr.testing import Crash, CrashingStore, MemoryStore
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 
-def save(repository: Repository, step: int, attempt: int = 1) -> None:
+def save(repository: Repository, step: int, attempt: int = 1, *, pin: bool = False) -> None:
     draft = repository.begin(step, None, "run")
     for name in ("model.bin", "optimizer.bin"):
         with draft.create(name) as file:
             file.write(b"%s of %d" % (name.encode(), step))
-    info = draft.commit(Manifest(step=step, run="run", attempt=attempt, nonce="", time=NOW, format="raw", files=()))
+    about = Manifest(step=step, run="run", attempt=attempt, nonce="", time=NOW, format="raw", files=())
+    info = draft.commit(about, pin=pin)
     repository.point(info.name)
 
 
@@ -40,12 +41,15 @@ def scenario(repository: Repository, committed: Callable[[int], None]) -> None:
     repository.drop(repository.find("step-00000004"))
     repository.pin(repository.find(3), "paper")
     repository.mark_damaged(repository.find(2), "for the test")
+    repository.pin(repository.find(4), "gone-with-it")
     committed(3)  # from here on 4 may be gone
     repository.archive(repository.find(4))
     save(repository, 4, attempt=3)
     committed(4)
     for aside in repository.archived():
         repository.drop_archived(aside)
+    save(repository, 5, attempt=3, pin=True)
+    committed(5)
 
 
 def fresh_store(kind: str, root: Path) -> Store:
@@ -65,6 +69,9 @@ def check(store: Store, newest: int | None) -> None:
     if newest is not None:
         assert infos
         assert infos[0].step >= newest
+        assert info.step != 5 or info.pins
+    held = [pin for info in infos for pin in info.pins]
+    assert len(store.list(".ckptmgr/pins")) == len(held)
     expected = {f"{info.name}/manifest.json" for info in infos}
     for info in [*infos, *repository.archived()]:
         assert info.manifest is not None

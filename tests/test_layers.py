@@ -15,7 +15,7 @@ LAYERS = [
     {"errors"},
     {"manifest", "quantities", "retention", "triggers"},
     {"config", "coordinator", "request_file", "signals", "staging", "state", "store"},
-    {"background", "draft", "formats", "lock", "ranged", "records", "repository", "schedule", "source"},
+    {"background", "draft", "formats", "lock", "pins", "ranged", "records", "repository", "schedule", "source"},
     {"catalog", "direct", "resumption", "run", "saving", "weights"},
     {"manager"},
     {"cli"},

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from ckptmgr import (
     CheckpointManager,
     ConfigError,
     CoordinationError,
+    DamagedError,
     FencedError,
     NotFoundError,
     Pending,
@@ -583,7 +585,7 @@ def test_a_reader_works_beside_a_writer_and_never_writes(
 def test_a_closed_manager_does_not_save(open_manager: Callable[..., CheckpointManager]) -> None:
     manager = open_manager()
     manager.close()
-    with pytest.raises(ConfigError, match="is closed; step 1 was not saved"):
+    with pytest.raises(ConfigError, match="is closed; open a new one"):
         manager.save(state(), 1)
 
 
@@ -676,3 +678,326 @@ def test_a_save_in_flight_is_completed_when_the_script_just_ends(tmp_path: Path)
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     with CheckpointManager(str(tmp_path), read_only=True) as manager:
         assert torch.equal(manager.load()["x"], torch.arange(1000))
+
+
+@pytest.mark.parametrize("wrong", [1.5, -1, True, "7", None])
+def test_steps_and_epochs_that_count_nothing_are_refused(
+    open_manager: Callable[..., CheckpointManager], wrong: Any
+) -> None:
+    manager = open_manager(save={"every_steps": 1})
+    with pytest.raises(ConfigError, match=rf"step={wrong!r}: step counts completed steps"):
+        manager.save(state(), wrong)
+    if wrong is not None:
+        with pytest.raises(ConfigError, match="epoch counts completed epochs"):
+            manager.maybe_save(state(), 1, epoch=wrong)
+    assert manager.all_steps() == []
+
+
+def test_whole_numbers_of_other_kinds_count(open_manager: Callable[..., CheckpointManager]) -> None:
+    manager = open_manager()
+    manager.save(state(), np.int64(7), epoch=torch.tensor(2))  # type: ignore[arg-type]
+    assert manager.resume(step=np.int64(7)).epoch == 2  # type: ignore[arg-type]
+
+
+def test_after_going_back_the_steps_ahead_are_saved_again(open_manager: Callable[..., CheckpointManager]) -> None:
+    manager = open_manager(save={"every_steps": 100}, keep={"last": None})
+    for step in (100, 200):
+        manager.maybe_save(state(step), step)
+    manager.resume(step=100)
+    assert manager.maybe_save(state(-1), 200) is not None
+    assert manager.load(200)["x"][0] == -1
+    manager.delete(200)
+    manager.request_save()
+    assert manager.maybe_save(state(-2), 200) is not None
+    assert manager.all_steps() == [100, 200]
+
+
+def test_a_fenced_writer_changes_nothing_of_the_new_one(open_manager: Callable[..., CheckpointManager]) -> None:
+    old = open_manager(keep={"last": None})
+    for step in (100, 200):
+        old.save(state(), step)
+    new = open_manager(takeover=True, keep={"last": None})
+    new.resume()
+    new.save(state(), 300)
+    for change in (
+        lambda: old.resume(step=100), lambda: old.rewind(100), lambda: old.delete(300), lambda: old.prune()
+    ):  # fmt: skip
+        with pytest.raises(FencedError):
+            change()
+    assert new.all_steps() == [100, 200, 300]
+
+
+def test_a_last_save_is_never_made_of_a_state_that_was_rolled_back(
+    open_manager: Callable[..., CheckpointManager],
+) -> None:
+    for go_back in ("resume", "rewind"):
+        manager = open_manager(save={"every_steps": 100, "on_close": True}, keep={"last": None}, fresh=True)
+        manager.maybe_save(state(), 100)
+        manager.maybe_save(state(), 150)
+        manager.resume(step=100) if go_back == "resume" else manager.rewind(100)
+        manager.close()
+        assert open_manager(read_only=True).all_steps() == [100]
+
+
+def test_a_loop_that_begins_again_too_early_is_told_so(open_manager: Callable[..., CheckpointManager]) -> None:
+    manager = open_manager(save={"every_steps": 100})
+    manager.save(state(), 1000)
+    with pytest.raises(ConfigError, match=r"step went back from 1000 to 1 in .*resume\(\).step \+ 1"):
+        manager.maybe_save(state(), 1)
+    with pytest.raises(ConfigError, match="went back"):
+        manager.save(state(), 999)
+    manager.close()
+    assert open_manager(read_only=True).all_steps() == [1000]
+
+
+def test_a_signal_saves_even_when_busy_saves_are_skipped(
+    open_manager: Callable[..., CheckpointManager], store: MemoryStore
+) -> None:
+    gate = threading.Event()
+    gate.set()
+    slow = SlowStore(store, gate=gate)
+    manager = open_manager(store=slow, background=True, when_busy="skip", save={"every_steps": 100})
+    manager.resume()
+    gate.clear()
+    manager.maybe_save(state(), 100)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert slow.waiting.wait(60)
+    gate.set()
+    assert manager.maybe_save(state(), 150) is not None
+    manager.close()
+    assert open_manager(read_only=True).all_steps() == [100, 150]
+
+
+@pytest.mark.parametrize("by", ["signal", "request"])
+def test_a_signal_after_the_last_call_is_answered_by_close(
+    open_manager: Callable[..., CheckpointManager], by: str
+) -> None:
+    manager = open_manager(save={"every_steps": 100})
+    manager.maybe_save(state(), 199)
+    os.kill(os.getpid(), signal.SIGTERM) if by == "signal" else manager.request_save()
+    manager.close()
+    assert open_manager(read_only=True).all_steps() == [199]
+
+
+def test_a_state_that_cannot_be_captured_leaves_the_save_due(open_manager: Callable[..., CheckpointManager]) -> None:
+    manager = open_manager(save={"every_steps": 100})
+
+    def broken() -> dict[str, Any]:
+        raise KeyError("no model yet")
+
+    with pytest.raises(KeyError):
+        manager.maybe_save(broken, 100)
+    assert manager.maybe_save(state(), 100) is not None
+
+
+def test_close_makes_the_last_save_although_an_earlier_one_failed(
+    open_manager: Callable[..., CheckpointManager],
+) -> None:
+    store = FullStore()
+    manager = open_manager(store=store, background=True, save={"every_steps": 100, "on_close": True})
+    manager.resume()
+    pending = manager.maybe_save(state(), 100)
+    assert pending is not None
+    pending.settle()
+    store.full = False
+    manager._last_call = (state(), 150, None, None)
+    with pytest.raises(SaveFailedError, match="step 100"):
+        manager.close()
+    assert open_manager(store=store, read_only=True).all_steps() == [150]
+
+
+def test_a_failed_save_is_logged_even_if_nobody_asks(
+    open_manager: Callable[..., CheckpointManager], caplog: pytest.LogCaptureFixture
+) -> None:
+    open_manager(store=FullStore(), background=True).save(state(), 1).settle()
+    assert [r.levelname for r in caplog.records if "save.failed step=1" in r.getMessage()] == ["ERROR"]
+
+
+def test_leaving_by_sys_exit_without_an_error_closes_as_usual(open_manager: Callable[..., CheckpointManager]) -> None:
+    def train(code: int) -> None:
+        with open_manager(save={"on_close": True}) as manager:
+            manager.maybe_save(state(), 1)
+            raise SystemExit(code)
+
+    with pytest.raises(SystemExit):
+        train(1)
+    assert open_manager(read_only=True).all_steps() == []
+    with pytest.raises(SystemExit):
+        train(0)
+    assert open_manager(read_only=True).all_steps() == [1]
+
+
+def test_close_raises_what_the_last_save_failed_with_under_on_error_warn_too(
+    open_manager: Callable[..., CheckpointManager],
+) -> None:
+    manager = open_manager(store=FullStore(), on_error="warn")
+    manager.save(state(), 1)
+    with pytest.raises(SaveFailedError, match="step 1"):
+        manager.close()
+
+
+def test_a_failure_between_two_looks_is_not_missed(open_manager: Callable[..., CheckpointManager]) -> None:
+    store = FullStore()
+    gate = threading.Event()
+    slow = SlowStore(store, gate=gate)
+    gate.set()
+    manager = open_manager(store=slow, background=True, save={"every_steps": 100})
+    manager.resume()
+    gate.clear()
+    pending = manager.maybe_save(state(), 100)
+    assert pending is not None
+    looked = manager._worker.raise_failure
+
+    def look_then_fail() -> None:
+        looked()
+        gate.set()
+        pending.settle()
+
+    manager._worker.raise_failure = look_then_fail  # type: ignore[method-assign]
+    manager._schedule.alert()
+    assert manager.maybe_save(state(), 101) is None
+    del manager._worker.raise_failure  # type: ignore[method-assign]
+    with pytest.raises(SaveFailedError, match="step 100"):
+        manager.maybe_save(state(), 102)
+
+
+def test_a_rewind_to_a_damaged_step_changes_nothing(
+    open_manager: Callable[..., CheckpointManager], store: MemoryStore
+) -> None:
+    manager = open_manager(keep={"last": None})
+    for step in (50, 100, 200):
+        manager.save(state(), step)
+    store.put("step-00000100/x.safetensors", b"cut")
+    with pytest.raises(DamagedError, match=r"x\.safetensors"):
+        manager.rewind(100)
+    store.put("step-00000100/manifest.json", b"cut")
+    with pytest.raises(DamagedError, match="rewind to another"):
+        manager.rewind(100)
+    assert manager.all_steps() == [50, 200]
+
+
+@pytest.mark.parametrize("name", ["step", "strict", "skip", "map_location", "rng"])
+def test_entries_that_resume_would_take_for_arguments_are_refused(
+    open_manager: Callable[..., CheckpointManager], name: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"can't be named {name}"):
+        open_manager().save({name: 1}, 1)
+
+
+def test_a_step_ahead_of_an_older_attempt_does_not_stand_in_the_way(
+    open_manager: Callable[..., CheckpointManager],
+) -> None:
+    frozen = open_manager(keep={"last": None})
+    frozen.save(state(), 200)
+    new = open_manager(takeover=True, keep={"last": None})
+    new.resume()
+    frozen._run.check = lambda: None  # type: ignore[method-assign]  # it looked before it froze, and commits now
+    frozen._saver.start({"x": 1}, frozen._request(300, None, None), frozen._worker, lambda: None)
+    new.save(state(), 250)
+    new.close()
+    third = open_manager(save={"every_steps": 100}, keep={"last": None})
+    assert third.resume().step == 250
+    assert third.maybe_save(state(7), 300) is not None
+    assert third.load(300)["x"][0] == 7
+
+
+def test_a_closed_manager_takes_no_lock_again(open_manager: Callable[..., CheckpointManager]) -> None:
+    manager = open_manager()
+    manager.save(state(), 1)
+    manager.close()
+    for call in (manager.resume, manager.prune, lambda: manager.delete(1), lambda: manager.rewind(1)):
+        with pytest.raises(ConfigError, match="is closed; open a new one"):
+            call()
+    assert open_manager().resume().step == 1
+
+
+def test_what_cannot_be_meant_is_refused(open_manager: Callable[..., CheckpointManager]) -> None:
+    manager = open_manager()
+    with pytest.raises(ConfigError, match=r"give a list of tags: \['paper'\]"):
+        manager.save(state(), 1, tags="paper")
+    with pytest.raises(ConfigError, match="state must be a mapping"):
+        manager.save(torch.nn.Linear(1, 1), 1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="metric 'x'"):
+        manager.save(state(), 1, metrics={"x": 10**400})
+    manager.save(state(), 1)
+    with pytest.raises(ConfigError, match="ttl=-1"):
+        manager.pin(1, ttl=-1)
+    manager.pin(1, ttl="7d")
+    with pytest.raises(ConfigError, match="choose one"):
+        open_manager(fresh=True, read_only=True)
+
+
+def test_a_mark_that_cannot_be_written_does_not_hide_the_sound_one(
+    open_manager: Callable[..., CheckpointManager], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(MemoryStore):
+        def put(self, key: str, data: Any, *, create: bool = False) -> None:
+            if "/damaged/" in key:
+                raise StoreError("no space left")
+            super().put(key, data, create=create)
+
+    store = Full()
+    with open_manager(store=store, keep={"last": None}) as manager:
+        for step in (1, 2):
+            manager.save(state(), step)
+    store.objects["step-00000002/x.safetensors"] = (b"cut", 0.0)
+    assert open_manager(store=store).resume().step == 1
+    assert "damage.mark.failed" in caplog.text
+
+
+def test_a_pin_belongs_to_one_checkpoint_and_goes_with_it(open_manager: Callable[..., CheckpointManager]) -> None:
+    manager = open_manager(keep={"last": None})
+    for step in (100, 200):
+        manager.save(state(), step)
+    manager.pin(200, "paper")
+    manager.resume(step=100)
+    manager.save(state(7), 200)
+    assert manager.info(200).pins == ()
+    with pytest.raises(NotFoundError):
+        manager.load("paper")
+
+
+def test_a_pin_that_cannot_be_written_fails_the_save(open_manager: Callable[..., CheckpointManager]) -> None:
+    class NoPins(MemoryStore):
+        def put(self, key: str, data: Any, *, create: bool = False) -> None:
+            if "/pins/" in key:
+                raise StoreError("no permission to write pins")
+            super().put(key, data, create=create)
+
+    manager = open_manager(store=NoPins())
+    with pytest.raises(SaveFailedError, match="no permission to write pins"):
+        manager.save(state(), 1, pin=True)
+    assert manager.all_steps() == []
+
+
+def test_overwriting_with_a_pin_replaces_all_the_same(open_manager: Callable[..., CheckpointManager]) -> None:
+    manager = open_manager(keep={"last": 1})
+    manager.save(state(1), 1)
+    manager.save(state(2), 1, pin=True, overwrite=True)
+    manager.save(state(3), 2)
+    assert manager.all_steps() == [1, 2]
+    assert manager.load(1)["x"][0] == 2
+    assert manager.unpin(1) == 1
+
+
+def test_a_tag_names_one_checkpoint(open_manager: Callable[..., CheckpointManager]) -> None:
+    manager = open_manager()
+    manager.save(state(), 1, tags=["paper"])
+    with pytest.raises(ConfigError, match="tag 'paper' is on step 1"):
+        manager.save(state(), 2, tags=["paper"])
+
+
+def test_deleting_one_of_two_of_a_step_needs_its_name(
+    open_manager: Callable[..., CheckpointManager], store: MemoryStore
+) -> None:
+    with open_manager(keep={"last": None}) as manager:
+        for step in (1, 2):
+            manager.save(state(), step)
+    store.put("step-00000002/x.safetensors", b"cut")
+    with open_manager(keep={"last": 9}) as manager:
+        assert manager.resume().step == 1
+        manager.save(state(), 2)
+        with pytest.raises(ConfigError, match=r"several checkpoints: step-00000002\.2, step-00000002; delete one"):
+            manager.delete(2)
+        manager.delete("step-00000002")
+        assert manager.info(2).name == "step-00000002.2"

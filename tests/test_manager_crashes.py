@@ -33,12 +33,12 @@ def train(store: Store, committed: list[int]) -> None:
     try:
         start = mgr.resume()
         for step in range(start.step + 1, STEPS + 1):
-            pending = mgr.maybe_save({"x": value(step), "step": step}, step)
+            pending = mgr.maybe_save({"x": value(step), "n": step}, step)
             assert pending is not None
             committed.append(step)
         committed.append(-1)  # from here on the last step may be gone
         mgr.rewind(STEPS - 1)
-        mgr.maybe_save({"x": value(STEPS), "step": STEPS}, STEPS)
+        mgr.maybe_save({"x": value(STEPS), "n": STEPS}, STEPS)
     finally:
         # What the kernel does for a dead process: its lock is free, its thread gone. A crash has no other cleanup.
         lock = mgr._run._lock
@@ -69,11 +69,11 @@ def test_a_crash_at_every_store_call(kind: str, when: Literal["before", "after"]
             assert start.step >= newest
             assert start.skipped == ()
             if start:
-                assert start.values["step"] == start.step
+                assert start.values["n"] == start.step
                 assert torch.equal(start.values["x"], value(start.step))
             for step in mgr.all_steps():
                 assert torch.equal(mgr.load(step)["x"], value(step))
-            mgr.save({"x": value(100), "step": 100}, 100)
+            mgr.save({"x": value(100), "n": 100}, 100)
             assert mgr.latest_step() == 100
         folders = {entry.key.split("/")[0] for entry in store.list(recursive=True) if entry.key.startswith("step-")}
         repository = mgr._run.repository

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +19,7 @@ from ckptmgr.errors import (
     NotFoundError,
     StoreError,
 )
-from ckptmgr.manifest import PIECE_SIZE, CheckpointInfo, Manifest, NameTemplate
+from ckptmgr.manifest import PIECE_SIZE, CheckpointInfo, Manifest, NameTemplate, guessed_step
 from ckptmgr.repository import Repository
 from ckptmgr.store import Store
 from ckptmgr.store.local import LocalStore
@@ -124,6 +127,14 @@ def test_find_takes_steps_names_tags_and_latest(repository: Repository) -> None:
         repository.find(7)
 
 
+def test_find_all_tells_what_a_step_or_tag_could_mean_and_a_folders_name_means_one(repository: Repository) -> None:
+    first, second = commit(repository, 1), commit(repository, 1, attempt=2)
+    repository.mark_damaged(second, "torn")
+    assert [info.name for info in repository.find_all(1)] == [first.name, second.name]
+    assert [repository.find_all(which) for which in ("1", first.name)] == [repository.find_all(1), [first]]
+    assert [repository.find_all(which) for which in ("latest", 7, "none")] == [[first], [], []]
+
+
 def test_find_latest_passes_over_the_damaged(repository: Repository) -> None:
     commit(repository, 1)
     repository.mark_damaged(commit(repository, 2), "bit flip in a.bin")
@@ -223,6 +234,122 @@ def test_folders_of_others_are_not_checkpoints(repository: Repository) -> None:
     assert repository.infos() == []
 
 
+def test_a_foreign_format_version_is_no_checkpoint_and_no_obstacle(repository: Repository) -> None:
+    info = commit(repository, 1)
+    repository.store.put("web/manifest.json", b'{"format_version": 7, "name": "app"}')
+    assert repository.infos() == [info]
+    repository.store.put("web/manifest.json", b'{"format_version": 7, "nonce": "0123456789abcdef"}')
+    with pytest.raises(FormatVersionError, match=r"web: .* version 7"):
+        repository.infos()
+
+
+@pytest.mark.parametrize("name", ["step-00000003", "other"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EIO, None])
+def test_a_refused_folder_is_passed_over_only_where_its_name_is_not_ours(
+    tmp_path: Path, name: str, code: int | None
+) -> None:
+    class Refusing(LocalStore):
+        def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+            if key.startswith(f"{name}/"):
+                raise StoreError("refused", code)
+            return super().get(key, start, end)
+
+    (tmp_path / name).mkdir()
+    repository = Repository(Refusing(tmp_path, fsync=False))
+    info = commit(repository, 1)
+    if name == "other" and code not in (errno.EIO, None):
+        assert repository.infos() == [info]
+    else:
+        with pytest.raises(StoreError, match="refused"):
+            repository.infos()
+
+
+def test_an_error_of_a_network_is_never_taken_for_a_foreign_folder() -> None:
+    class Refusing(MemoryStore):
+        def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+            raise StoreError("forbidden", errno.EACCES)
+
+    repository = Repository(Refusing())
+    repository.store.put("other/manifest.json", b"")
+    with pytest.raises(StoreError, match="forbidden"):
+        repository.infos()
+
+
+def test_a_folder_or_link_named_manifest_json_is_no_checkpoint(tmp_path: Path) -> None:
+    repository = Repository(LocalStore(tmp_path, fsync=False))
+    (tmp_path / "web" / "manifest.json").mkdir(parents=True)
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").symlink_to(tmp_path / "elsewhere")
+    assert repository.infos() == []
+
+
+def test_records_that_this_machine_refuses_stop_nothing(tmp_path: Path) -> None:
+    class Refusing(LocalStore):
+        code: int | None = None
+
+        def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+            if self.code and key.startswith((".ckptmgr/pins", ".ckptmgr/archive", ".ckptmgr/damaged")):
+                raise StoreError("refused", self.code)
+            return super().get(key, start, end)
+
+    store = Refusing(tmp_path, fsync=False)
+    repository = Repository(store)
+    info, gone = commit(repository, 1), commit(repository, 2)
+    repository.pin(info, "paper")
+    repository.mark_damaged(info, "torn")
+    repository.archive(gone)
+    store.code = errno.EACCES
+    (listed,) = repository.infos()
+    assert (listed.tags, listed.damaged) == (("paper",), "marked as damaged")
+    assert (repository.archived(), repository.sweep()) == ([], 0)
+    for kind in ("pins", "damaged", "archive"):
+        store.code = errno.EACCES
+        for other in {"pins", "damaged", "archive"} - {kind}:
+            store.delete([f".ckptmgr/{other}/"])
+        store.code = errno.EIO
+        with pytest.raises(StoreError, match="refused"):
+            repository.infos() if kind != "archive" else repository.archived()
+        store.code = None
+        repository.pin(info, "paper")
+        repository.mark_damaged(info, "torn")
+        repository.archive(commit(repository, 2))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "step"),
+    [
+        ("ckpt-{step}", None, 7),
+        ("{run}.{step:06d}", None, 7),
+        (None, "ckpt-{step}", 7),
+        ("ep{epoch}-ba{step}", None, 7),
+    ],
+)
+def test_a_torn_checkpoint_is_seen_though_the_names_changed_since(
+    store: Store, before: str | None, now: str | None, step: int
+) -> None:
+    written = Repository(store, names=before and NameTemplate(before))
+    info = written.begin(7, 2, "run").commit(about(7))
+    data = store.get(f"{info.name}/manifest.json")
+    repository = Repository(store, names=now and NameTemplate(now))
+    for damage in (data[:-40], data.replace(b'"attempt": 1', b'"attempt": 2')):
+        store.put(f"{info.name}/manifest.json", damage)
+        assert [(listed.step, listed.manifest) for listed in repository.infos()] == [(step, None)]
+
+
+def test_an_emptied_manifest_in_a_folder_of_the_default_name_is_seen_under_any_other(store: Store) -> None:
+    info = commit(Repository(store), 7)
+    store.put(f"{info.name}/manifest.json", b"")
+    (listed,) = Repository(store, names=NameTemplate("ckpt-{step}")).infos()
+    assert (listed.step, listed.manifest) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("ckpt-12", 12), ("ckpt-12.2", 12), ("ep3-ba12", 12), ("run.12", 12), ("final", 0)]
+)
+def test_a_step_is_guessed_from_the_last_number_of_a_folder(name: str, step: int) -> None:
+    assert guessed_step(name) == step
+
+
 def test_a_newer_format_is_an_error_that_names_both(repository: Repository) -> None:
     commit(repository, 1)
     repository.store.put("step-00000002/manifest.json", b'{"format_version": 99}')
@@ -298,11 +425,132 @@ def test_tags_that_could_be_mistaken_are_refused(repository: Repository, tag: st
         repository.pin(commit(repository, 1), tag)
 
 
-def test_a_pin_that_cannot_be_read_is_an_error_not_a_deletion(repository: Repository) -> None:
-    commit(repository, 1)
-    repository.store.put(".ckptmgr/pins/1.json", b"{")
-    with pytest.raises(DamagedError, match=r"pins/1\.json is not a pin"):
-        repository.infos()
+def pin_key(info: CheckpointInfo, tag: str = "") -> str:
+    assert info.manifest is not None
+    return f".ckptmgr/pins/{info.name}.{info.manifest.nonce}{tag and f'.tag-{tag}'}.json"
+
+
+@pytest.mark.parametrize("goes", ["archive", "drop"])
+def test_a_pin_and_its_tag_never_pass_to_another_checkpoint_of_the_step(repository: Repository, goes: str) -> None:
+    first = commit(repository, 100)
+    repository.pin(first)
+    repository.pin(first, "paper")
+    getattr(repository, goes)(first)
+    second = commit(repository, 100, attempt=2)
+    assert repository.infos() == [second]
+    assert second.pins == ()
+    assert repository.pins(100) == []
+    with pytest.raises(NotFoundError):
+        repository.find("paper")
+
+
+def test_a_pin_holds_only_the_one_of_two_with_the_same_step(repository: Repository) -> None:
+    first = commit(repository, 100)
+    repository.pin(first, "paper")
+    second = commit(repository, 100, attempt=2)
+    assert [(info.name, info.tags) for info in repository.infos()] == [(second.name, ()), (first.name, ("paper",))]
+    assert repository.find("paper").name == first.name
+    with pytest.raises(ConfigError, match=rf"'paper' is on step 100 \(.*/{first.name}\) already"):
+        repository.pin(second, "paper")
+    repository.pin(first, "paper", NOW)
+    assert [pin.expires for pin in repository.pins("paper")] == [NOW]
+
+
+def test_a_pin_left_over_from_a_checkpoint_removed_by_hand_holds_nothing_and_can_be_removed(
+    repository: Repository,
+) -> None:
+    for tag in (None, "paper", "draft"):
+        repository.pin(commit(repository, 100), tag)
+        repository.store.delete(["step-00000100/"])
+    other = commit(repository, 100)
+    assert repository.infos() == [other]
+    repository.pin(other, "paper")
+    assert [repository.unpin("draft"), repository.unpin(other.name, "paper"), repository.unpin(100)] == [1, 2, 1]
+    assert not [key for key in keys(repository.store) if "/pins/" in key]
+
+
+def test_unpin_by_a_tag_of_the_save_removes_the_pins_of_that_checkpoint(repository: Repository) -> None:
+    draft = repository.begin(1, None, "run")
+    info = draft.commit(about(1, tags=("release",)), pin=True)
+    repository.pin(commit(repository, 2))
+    assert repository.unpin("release", "other") == 0
+    assert repository.unpin("release") == 1
+    assert [len(listed.pins) for listed in repository.infos()] == [1, 0]
+    assert repository.unpin("latest") == 1
+    assert repository.find(1) == dataclasses.replace(info, pins=())
+
+
+def test_one_whose_manifest_cannot_be_read_keeps_its_pins_and_gets_no_new_one(repository: Repository) -> None:
+    info = commit(repository, 3)
+    repository.pin(info, "paper")
+    repository.store.put(f"{info.name}/manifest.json", b"torn")
+    (torn,) = repository.infos()
+    assert torn.tags == ("paper",)
+    with pytest.raises(DamagedError, match="can't be pinned"):
+        repository.pin(torn, "other")
+    repository.drop(torn)
+    assert keys(repository.store) == set()
+
+
+def test_a_tag_that_looks_like_a_nonce_is_a_tag(repository: Repository) -> None:
+    info = commit(repository, 1)
+    repository.pin(info, "0123456789abcdef")
+    assert repository.find("0123456789abcdef").name == info.name
+    assert repository.infos()[0].pins == (repository.pins(1)[0],)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"step": 1}', b'{"step": 1, "expires": "2020-01-01T00:00:00"}'])
+def test_a_pin_that_cannot_be_read_keeps_what_its_key_names_and_stops_nothing(
+    repository: Repository, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    info, other = commit(repository, 1), commit(repository, 2)
+    repository.pin(info, "paper", NOW)
+    repository.store.put(pin_key(info, "paper"), body)
+    listed = {i.step: [(p.step, p.tag, p.expires) for p in i.pins] for i in repository.infos()}
+    assert listed == {1: [(1, "paper", None)], 2: []}
+    repository.infos()
+    assert [record.getMessage().count(pin_key(info, "paper")) for record in caplog.records] == [1]
+    assert repository.find(2) == other
+    assert repository.unpin(1) == 1
+
+
+def test_a_foreign_file_among_the_pins_stops_nothing(repository: Repository, caplog: pytest.LogCaptureFixture) -> None:
+    info = commit(repository, 1)
+    repository.store.put(".ckptmgr/pins/readme.txt", b"mine")
+    assert repository.infos() == [info]
+    assert ".ckptmgr/pins/readme.txt" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["trash", "archive"])
+@pytest.mark.parametrize("body", [b"", b"{", b'{"format_version": 7}'])
+def test_a_torn_record_of_one_put_aside_stops_nothing_and_stays(
+    repository: Repository, kind: str, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = commit(repository, 1)
+    key = f".ckptmgr/{kind}/step-00000009.0123456789abcdef.json"
+    repository.store.put(key, body)
+    repository.store.put(f".ckptmgr/{kind}/copy.json", about(1).to_json())
+    assert repository.sweep() == 0
+    assert repository.archived() == []
+    assert repository.infos() == [info]
+    assert key in caplog.text
+    assert repository.store.get(key) == body
+
+
+@pytest.mark.parametrize("manifest", [b"", b'{"format_version": 7}'])
+def test_a_draft_whose_name_holds_an_unreadable_manifest_is_left_and_stops_nothing(
+    repository: Repository, manifest: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    draft, other = repository.begin(1, None, "run"), repository.begin(2, None, "run")
+    for each in (draft, other):
+        with each.create("a.bin") as file:
+            file.write(b"half")
+    repository.store.put(f"{draft.name}/manifest.json", manifest)
+    before = {key for key in keys(repository.store) if draft.nonce in key}
+    assert repository.sweep() == 1
+    assert {key for key in keys(repository.store) if draft.nonce in key} == before
+    assert not [key for key in keys(repository.store) if other.nonce in key]
+    assert f"{draft.name}.{draft.nonce}" in caplog.text
 
 
 def test_a_damage_mark_that_cannot_be_read_still_marks(repository: Repository) -> None:
@@ -338,16 +586,52 @@ def test_sweep_finishes_a_deletion_that_was_interrupted(repository: Repository) 
     assert keys(repository.store) == set()
 
 
-def test_a_lost_lock_stops_the_commit(store: Store) -> None:
+def test_a_lost_lock_stops_the_commit_and_takes_back_the_pin(store: Store) -> None:
     def lost() -> None:
         raise FencedError("taken over")
 
     repository = Repository(store)
     draft = repository.begin(1, None, "run")
     with pytest.raises(FencedError):
-        draft.commit(about(1), check=lost)
+        draft.commit(about(1), check=lost, pin=True)
+    assert [key for key in keys(store) if "/pins/" in key]
     draft.abort()
     assert keys(store) == set()
+
+
+def test_a_pin_asked_for_with_the_save_is_there_from_the_first_moment(repository: Repository) -> None:
+    info = repository.begin(1, None, "run").commit(about(1), pin=True)
+    assert [(pin.step, pin.tag, pin.expires) for pin in info.pins] == [(1, None, None)]
+    assert repository.infos() == [info]
+    repository.sweep()
+    assert repository.infos() == [info]
+
+
+@pytest.mark.parametrize("can_rename", [True, False])
+def test_a_save_whose_pin_cannot_be_written_fails_as_a_whole(can_rename: bool) -> None:
+    class Full(MemoryStore):
+        def put(self, key: str, data: bytes, *, create: bool = False) -> None:
+            if "/pins/" in key:
+                raise StoreError("no space")
+            super().put(key, data, create=create)
+
+    repository = Repository(Full(can_rename=can_rename))
+    draft = repository.begin(1, None, "run")
+    with pytest.raises(StoreError, match="no space"):
+        draft.commit(about(1), pin=True)
+    draft.abort()
+    assert keys(repository.store) == set()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"step": -1}, {"attempt": True}, {"metrics": {"loss": "low"}}, {"epoch": -1}, {"run": "\ud800"}]
+)
+def test_a_manifest_that_nobody_could_read_is_never_committed(repository: Repository, wrong: dict[str, Any]) -> None:
+    draft = repository.begin(1, None, "run")
+    with pytest.raises(ConfigError, match="was not committed, as its manifest could not be read back"):
+        draft.commit(dataclasses.replace(about(1), **wrong))
+    draft.abort()
+    assert keys(repository.store) == set()
 
 
 def test_commit_rename_is_refused_where_folders_cannot_be_renamed() -> None:
@@ -441,6 +725,10 @@ def test_names_follow_the_template_and_are_found_under_any_other(store: Store, t
         ("{step", "not a template"),
         ("{step:x!}", "not a template"),
         ("{0}{step}", "not a template"),
+        ("{step:,}", "folders like"),
+        ("{step:x}", "step can't be told"),
+        ("{step:e}", "step can't be told"),
+        ("{epoch}{step}", "step can't be told"),
     ],
 )
 def test_bad_templates_are_refused_with_the_reason(template: str, words: str) -> None:
@@ -451,3 +739,9 @@ def test_bad_templates_are_refused_with_the_reason(template: str, words: str) ->
 def test_a_template_with_epoch_needs_one() -> None:
     with pytest.raises(ConfigError, match="needs an epoch"):
         NameTemplate("ep{epoch}-{step}").format(1, None, "run")
+
+
+@pytest.mark.parametrize("run", [".hid", "my run", "a/b", "../up"])
+def test_a_runs_name_that_gives_no_folder_of_ours_is_refused(run: str) -> None:
+    with pytest.raises(ConfigError, match="no dot in front"):
+        NameTemplate("{run}-{step}").format(1, None, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -166,3 +167,20 @@ def test_two_threads_that_look_at_once_take_it_once() -> None:
     go_on.set()
     other.join()
     assert reasons == ["SAVE_NOW"]
+
+
+def test_a_dropped_one_ends_its_thread_and_leaves_the_file_to_its_successor(store: Store) -> None:
+    class Owner:
+        def __init__(self) -> None:
+            self.reasons: list[str] = []
+            self.file = RequestFile(store, "SAVE_NOW", self.reasons.append, every_s=0.001)
+
+    first = Owner()
+    first.file.start()
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "ckptmgr-request-file")
+    dropped, second = weakref.ref(first.file), Owner()
+    del first
+    thread.join(30)
+    assert (thread.is_alive(), dropped()) == (False, None)
+    store.put("SAVE_NOW", b"")
+    assert (second.file.look(), second.reasons) == (True, ["SAVE_NOW"])

@@ -43,7 +43,7 @@ def info(
 
 
 def pinned(step: int, tag: str | None = None, expires: datetime | None = None, **more: object) -> CheckpointInfo:
-    return info(step, pins=(Pin(step, tag, expires),), **more)  # type: ignore[arg-type]
+    return info(step, pins=(Pin(f"step-{step}", "", step, tag, expires),), **more)  # type: ignore[arg-type]
 
 
 def kept(*infos: CheckpointInfo, rules: tuple[KeepRule, ...], **more: int) -> list[str]:
@@ -173,7 +173,7 @@ def test_a_damaged_newest_is_not_the_newest() -> None:
 
 
 def test_one_whose_manifest_is_unreadable_is_damaged_and_a_pin_keeps_it() -> None:
-    lost = CheckpointInfo("step-1", 1, None, None, (Pin(1),))
+    lost = CheckpointInfo("step-1", 1, None, None, (Pin("step-1", "", 1),))
     made = plan([lost, info(2), info(3)], (Last(1),), now=NOW)
     assert [str(v) for v in made.keep][1:] == ["step-1: pinned"]
 
@@ -186,6 +186,12 @@ def test_a_later_attempt_supersedes_the_same_step() -> None:
 
 def test_an_unhealthy_attempt_does_not_supersede_a_healthy_one() -> None:
     assert kept(info(5), info(5, attempt=2, healthy=False), rules=(Last(3),)) == ["step-5.2", "step-5"]
+
+
+def test_an_unhealthy_one_does_not_take_the_place_in_min_good_of_a_superseded_healthy_one() -> None:
+    infos = [info(2), info(2, attempt=2), info(3, attempt=2, healthy=False)]
+    made = plan(infos, (Last(1),), now=NOW, min_good=2)
+    assert [verdict.info.name for verdict in made.keep] == ["step-3.2", "step-2.2", "step-2"]
 
 
 def test_a_pinned_one_stays_though_superseded() -> None:
@@ -263,7 +269,7 @@ _infos = st.lists(
         st.integers(0, 20),
         st.booleans() | st.just(True),
         st.none() | st.just("torn"),
-        st.just(()) | st.just((Pin(0),)) | st.just((Pin(0, None, NOW),)),
+        st.just(()) | st.just((Pin("step-0", "", 0),)) | st.just((Pin("step-0", "", 0, None, NOW),)),
         st.none() | st.sampled_from([0.0, 0.5, 1.0, math.nan]),
     ),
     max_size=12,

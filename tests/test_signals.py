@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +27,16 @@ def _handlers_are_put_back() -> Iterator[None]:
     yield
     for name, handler in before.items():
         signal.signal(signal.Signals[name], handler)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_else() -> Iterator[None]:
+    """Begins from Python's own handlers: tests before this one may have dropped managers unclosed."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def send(number: int) -> None:
@@ -209,3 +221,119 @@ def test_a_handler_that_python_cannot_put_back_becomes_the_default() -> None:
         print(theirs, signal.getsignal(signal.SIGABRT) is signal.SIG_DFL)
     """
     assert run(code, "-X", "faulthandler").stdout == "None True\n"
+
+
+ORDERS = [("a", "b", "c"), ("c", "b", "a"), ("b", "a", "c"), ("b", "c", "a"), ("a", "c", "b"), ("c", "a", "b")]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN, lambda number, frame: None])
+def test_watches_uninstalled_in_any_order_leave_what_was_there(before: Any, order: tuple[str, ...]) -> None:
+    signal.signal(signal.SIGUSR1, before)
+    watches = {name: SignalWatch(["SIGUSR1"]) for name in "abc"}
+    for watch in watches.values():
+        watch.install()
+    for name in order:
+        watches[name].uninstall()
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_process_dies_of_sigterm_when_its_watches_were_uninstalled_in_the_order_of_their_installation() -> None:
+    done = run("""
+        upper = SignalWatch(["SIGTERM"])
+        upper.install()
+        w.uninstall()
+        upper.uninstall()
+        send(signal.SIGTERM)
+        print("alive")
+    """)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+
+
+def test_a_handler_put_back_after_its_watch_ended_lets_signals_have_their_effect() -> None:
+    """As another library does that saves the handler it finds, and puts it back when it ends."""
+    code = """
+        ours = signal.getsignal(signal.{0})
+        w.uninstall()
+        signal.signal(signal.{0}, ours)
+        try:
+            send(signal.{0})
+        except KeyboardInterrupt:
+            print("interrupted", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    """
+    assert run(code.format("SIGTERM")).returncode == -signal.SIGTERM
+    done = run(code.format("SIGINT"))
+    assert (done.returncode, done.stdout) == (0, "interrupted True\n")
+
+
+def test_a_later_handler_that_passes_an_interrupt_on_to_an_ended_watch_gets_keyboard_interrupt() -> None:
+    done = run("""
+        ours = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, lambda *arguments: ours(*arguments))
+        send(signal.SIGINT)
+        print(w.pending)
+        w.uninstall()
+        try:
+            send(signal.SIGINT)
+        except KeyboardInterrupt:
+            print("interrupted")
+    """)
+    assert (done.returncode, done.stdout) == (0, "('SIGINT',)\ninterrupted\n")
+
+
+def test_a_watch_that_is_installed_again_below_another_notes_each_signal_once() -> None:
+    lower, upper = SignalWatch(["SIGTERM"]), SignalWatch(["SIGTERM"])
+    before = signal.getsignal(signal.SIGTERM)
+    for watch in (lower, upper):
+        watch.install()
+    lower.uninstall()
+    lower.install()
+    send(signal.SIGTERM)
+    assert (lower.take(), upper.take()) == (("SIGTERM",), ("SIGTERM",))
+    upper.uninstall()
+    lower.uninstall()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+class Owner:
+    """Refers to its watch and is called by it, as a schedule."""
+
+    def __init__(self, *names: str) -> None:
+        self.watch = SignalWatch(names, self.alert)
+        self.watch.install()
+        self.alerts = 0
+
+    def alert(self) -> None:
+        self.alerts += 1
+
+
+def test_a_watch_that_was_dropped_is_collected_with_its_owner_and_signals_go_where_they_went_before() -> None:
+    seen: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    before = signal.getsignal(signal.SIGUSR1)
+    dropped = weakref.ref(Owner("SIGUSR1"))
+    kept = Owner("SIGUSR1")
+    gc.collect()
+    assert dropped() is None
+    send(signal.SIGUSR1)
+    assert (seen, kept.alerts, kept.watch.take()) == ([signal.SIGUSR1], 1, ("SIGUSR1",))
+    kept.watch.uninstall()
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_process_dies_of_sigterm_after_its_watch_was_dropped() -> None:
+    done = run("""
+        del w
+        send(signal.SIGTERM)
+        print("alive")
+    """)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+
+
+def test_a_dropped_watch_s_signal_goes_to_the_python_handler_below_it_which_is_then_in_place() -> None:
+    seen: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    before = signal.getsignal(signal.SIGUSR1)
+    SignalWatch(["SIGUSR1"]).install()
+    send(signal.SIGUSR1)
+    assert (seen, signal.getsignal(signal.SIGUSR1)) == ([signal.SIGUSR1], before)

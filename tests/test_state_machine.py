@@ -33,7 +33,7 @@ class RepositoryMachine(RuleBasedStateMachine):
     def repository(self, after: int | None = None) -> Repository:
         return Repository(CrashingStore(self.store, after))
 
-    def save(self, repository: Repository, step: int, data: bytes, **fields: Any) -> CheckpointInfo:
+    def save(self, repository: Repository, step: int, data: bytes, pin: bool, **fields: Any) -> CheckpointInfo:
         self.minutes += 1
         draft = repository.begin(step, None, "run")
         with draft.create("model.bin") as file:
@@ -42,26 +42,34 @@ class RepositoryMachine(RuleBasedStateMachine):
             step=step, run="run", attempt=self.attempt, nonce="", files=(), format="raw",
             time=START + timedelta(minutes=self.minutes), **fields,
         )  # fmt: skip
-        return draft.commit(about)
+        return draft.commit(about, pin=pin)
 
-    @rule(gap=st.integers(1, 40), data=st.binary(max_size=20), loss=st.floats(0, 9), healthy=st.booleans())
-    def commit(self, gap: int, data: bytes, loss: float, healthy: bool) -> None:
+    @rule(
+        gap=st.integers(1, 40), data=st.binary(max_size=20), loss=st.floats(0, 9), healthy=st.booleans(),
+        pin=st.booleans(),
+    )  # fmt: skip
+    def commit(self, gap: int, data: bytes, loss: float, healthy: bool, pin: bool) -> None:
         self.step += gap
-        self.save(self.repository(), self.step, data, metrics={"loss": loss}, healthy=healthy)
-        self.model[self.step] = data
+        self.save(self.repository(), self.step, data, pin, metrics={"loss": loss}, healthy=healthy)
+        self.added(data, pin)
 
-    @rule(gap=st.integers(1, 40), data=st.binary(max_size=20), after=st.integers(1, 12))
-    def die_while_saving(self, gap: int, data: bytes, after: int) -> None:
+    def added(self, data: bytes, pin: bool) -> None:
+        self.model[self.step] = data
+        if pin:
+            self.pinned.add(self.step)
+
+    @rule(gap=st.integers(1, 40), data=st.binary(max_size=20), after=st.integers(1, 12), pin=st.booleans())
+    def die_while_saving(self, gap: int, data: bytes, after: int, pin: bool) -> None:
         self.step += gap
         try:
-            self.save(self.repository(after), self.step, data)
+            self.save(self.repository(after), self.step, data, pin)
         except Crash:
             self.restart()
             listed = self.repository().infos()
             if any(info.step == self.step for info in listed):
-                self.model[self.step] = data  # it died after the commit
+                self.added(data, pin)  # it died after the commit
         else:
-            self.model[self.step] = data
+            self.added(data, pin)
 
     @rule(last=st.integers(1, 4), every=st.integers(5, 50), best=st.booleans())
     def rotate(self, last: int, every: int, best: bool) -> None:
@@ -130,9 +138,7 @@ class RepositoryMachine(RuleBasedStateMachine):
     def forget(self, step: int) -> None:
         del self.model[step]
         self.damaged.discard(step)
-        if step in self.pinned:
-            self.repository().unpin(step)
-            self.pinned.discard(step)
+        self.pinned.discard(step)
 
     @invariant()
     def the_repository_is_the_model(self) -> None:
@@ -142,6 +148,10 @@ class RepositoryMachine(RuleBasedStateMachine):
         infos = repository.infos()
         assert sorted(info.step for info in infos) == sorted(self.model)
         assert {info.step for info in infos if info.damaged} == self.damaged
+        assert {info.step for info in infos if info.pins} == self.pinned
+        assert {entry.name for entry in self.store.list(".ckptmgr/pins")} == {
+            f"{pin.name}.{pin.nonce}.json" for info in infos for pin in info.pins
+        }
         assert len(repository.archived()) == self.archived
         for info in infos:
             if info.damaged is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,37 @@ def test_one_checkpoint_of_a_run_is_named_by_its_folder(tmp_path: Path, source: 
     model = network()
     warm_start(tmp_path / "run" / "step-00000001", model)
     assert model[0].bias.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("here", "where"),
+    [("run", "step-00000001"), ("run/step-00000001", "."), ("run/step-00000002", "../step-00000001/"), ("run", "link")],
+)
+def test_a_checkpoint_is_named_by_any_path_to_its_folder(
+    tmp_path: Path, source: nn.Sequential, monkeypatch: pytest.MonkeyPatch, here: str, where: str
+) -> None:
+    (tmp_path / "run" / "link").symlink_to(tmp_path / "run" / "step-00000001")
+    monkeypatch.chdir(tmp_path / here)
+    model = network()
+    warm_start(where, model)
+    assert model[0].bias.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("name", ["0007", "2", "latest", "best"])
+def test_a_copied_checkpoint_may_have_any_name(tmp_path: Path, source: nn.Sequential, name: str) -> None:
+    """Also one that elsewhere means a step, beside a checkpoint of that very step."""
+    for folder, step in ((name, 1), ("other", 2)):
+        shutil.copytree(tmp_path / "run" / f"step-{step:08d}", tmp_path / "pre" / folder)
+    model = network()
+    warm_start(tmp_path / "pre" / name, model)
+    assert model[0].bias.tolist() == [1.0] * 4
+
+
+def test_a_folder_with_someone_else_s_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "manifest.json").write_text("{}")
+    with pytest.raises(NotFoundError, match=r"no checkpoint in .*theirs; give"):
+        warm_start(tmp_path / "theirs", network())
 
 
 def test_a_damaged_newest_is_passed_over(
@@ -131,7 +163,7 @@ def test_wrong_sources_say_what_they_are(tmp_path: Path, source: nn.Module) -> N
         "list.pt": (NotFoundError, "holds a list"),
         "junk.pt": (DamagedError, r"junk\.pt"),
         "gone.pt": (NotFoundError, r"gone\.pt"),
-        "empty": (NotFoundError, "steps there: none"),
+        "empty": (NotFoundError, r"no checkpoint in .*empty; give"),
     }
     for name, (error, words) in cases.items():
         with pytest.raises(error, match=words):

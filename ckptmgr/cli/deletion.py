@@ -228,7 +228,13 @@ def rm(root: Root, steps: tuple[str, ...], force: bool, yes: bool, as_json: bool
 def _chosen(root: Root, run: Run, steps: Sequence[str], force: bool) -> list[CheckpointInfo]:
     """The checkpoints that are meant, each once. Raises `NotFoundError`, and `ConfigError` where one must stay."""
     infos = root.found(run.infos())
-    by_name = {info.name: info for info in (run.find(step, infos) for step in steps)}
+    by_name = {}
+    for step in steps:
+        info = run.find(step, infos)
+        if len(same := run.repository.find_all(step, infos)) > 1:
+            names = ", ".join(plain(other.name) for other in same)
+            raise ConfigError(f"{step} could mean {names}: give the folder's name; nothing was deleted")
+        by_name[info.name] = info
     now = datetime.now(UTC)
     for info in by_name.values():
         if any(pin.holds(now) for pin in info.pins):

@@ -42,13 +42,14 @@ def pin(root: Root, step: str, tag: str | None, ttl: timedelta | None, as_json: 
 @click.argument("step")
 @click.option("--tag", help="Remove only the pin with this tag.")
 def unpin(root: Root, step: str, tag: str | None, as_json: bool) -> None:
-    """Remove a checkpoint's pins, or the one with a tag."""
-    # A number needs no checkpoint: a pin can outlive the one it was put on.
-    number = int(step) if step.isdecimal() else root.find(step).step
-    count = root.repository.unpin(number, tag)
-    if count == 0:
-        raise NotFoundError(f"step {number} in {root.store.url} has no pin" + (f" with tag {tag!r}" if tag else ""))
+    """Remove a checkpoint's pins, or the one with a tag. The checkpoint itself may be gone."""
+    which = root.find(step).name if step == "best" else step
+    pins = root.repository.pins(which, tag)
+    if not pins:
+        what = f"step {step}" if step.isdecimal() else repr(step)
+        raise NotFoundError(f"{what} in {root.store.url} has no pin" + (f" with tag {tag!r}" if tag else ""))
+    count = root.repository.unpin(which, tag)
     if as_json:
-        print_json({"step": number, "tag": tag, "removed": count})
+        print_json({"step": pins[0].step, "tag": tag, "removed": count})
     else:
-        click.echo(f"removed {count_text(count, 'pin')} of step {number}")
+        click.echo(f"removed {count_text(count, 'pin')} of step {pins[0].step}")

@@ -194,10 +194,14 @@ class CheckpointConfig(_Section):
     def _name_is_template(cls, name: str, info: ValidationInfo) -> str:
         template = NameTemplate(name)
         run, save = info.data.get("run"), info.data.get("save")
-        if run and "{run" in name and template.step(template.format(step=1, epoch=1, run=run)) is None:
-            raise ValueError(
-                f"puts the run's name {run!r} into folder names, which take letters, digits and . _ + = @ % ~ -"
-            )
+        if run:
+            try:
+                template.format(step=1, epoch=1, run=run)
+            except ConfigError as exc:
+                raise ValueError(
+                    f"puts the run's name {run!r} into folder names, which take letters, digits and . _ + = @ % ~ - "
+                    "and begin with no dot"
+                ) from exc
         if save and save.on_file and template.step(save.on_file) is not None:
             raise ValueError(f"gives folders like save.on_file, {save.on_file!r}; rename one of them")
         return name
