@@ -24,19 +24,12 @@ NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 @pytest.fixture(autouse=True)
 def _handlers_are_put_back() -> Iterator[None]:
     before = {name: signal.getsignal(signal.Signals[name]) for name in NAMES}
+    for name in NAMES:  # tests before this one may have dropped managers unclosed
+        if name != "SIGINT":
+            signal.signal(signal.Signals[name], signal.SIG_DFL)
     yield
     for name, handler in before.items():
         signal.signal(signal.Signals[name], handler)
-
-
-@pytest.fixture(autouse=True)
-def _nobody_else() -> Iterator[None]:
-    """Begins from Python's own handlers: tests before this one may have dropped managers unclosed."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 def send(number: int) -> None:
