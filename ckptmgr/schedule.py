@@ -13,31 +13,41 @@ from .signals import SignalWatch
 from .triggers import AnyOf, Decision, Horizon, Moment
 
 
+class _Alert:
+    """A flag that anyone may raise, in a signal handler too. It knows nobody, so that whoever holds
+    it to raise it keeps no schedule, and no manager, alive."""
+
+    __slots__ = ("raised",)
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __call__(self) -> None:
+        self.raised = True
+
+
 class Schedule:
-    """When the next save is due. `clock` counts seconds and never goes backwards."""
+    """When the next save is due. `clock` counts seconds and never goes backwards. Calling `alert` has
+    the triggers asked at the next call whatever the horizon says."""
 
     def __init__(self, rule: AnyOf, signals: SignalWatch, clock: Callable[[], float]) -> None:
         self._rule, self._signals, self._clock = rule, signals, clock
         self._requests: list[str] = []
-        self._alert = False
+        self.alert = _Alert()
         self.last_step, self._last_epoch, self._last_time = 0, 0, clock()
         self._quiet_step = self._quiet_epoch = self._quiet_time = -math.inf
         self._look_ahead()
 
-    def alert(self) -> None:
-        """Ask the triggers at the next call whatever the horizon says. Safe in a signal handler."""
-        self._alert = True
-
     def request(self, reason: str) -> None:
         """Make a save due at the next call. Safe from any thread."""
         self._requests.append(reason)
-        self._alert = True
+        self.alert()
 
     def is_quiet(self, step: int, epoch: int | None) -> bool:
         """Whether no save can be due and nothing else needs attention: the loop's fast path."""
         return (
             self.last_step <= step < self._quiet_step
-            and not self._alert
+            and not self.alert.raised
             and self._clock() < self._quiet_time
             and (epoch is None or epoch < self._quiet_epoch)
         )
@@ -58,9 +68,9 @@ class Schedule:
 
     def calm(self) -> None:
         """Back to the fast path. Whoever calls it looks afterwards at whatever may have alerted."""
-        self._alert = False  # first: what comes in between sets it again
+        self.alert.raised = False  # first: what comes in between raises it again
         if self.is_asked:
-            self._alert = True
+            self.alert()
 
     @property
     def is_asked(self) -> bool:
@@ -69,7 +79,7 @@ class Schedule:
 
     def saved(self, step: int, epoch: int | None) -> None:
         """A save of this step was begun, or its state restored: clocks and multiples go on from here."""
-        self._alert = False  # first, as above
+        self.alert.raised = False  # first, as above
         self._signals.take()
         self._requests.clear()
         self.last_step, self._last_time = step, self._clock()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -549,9 +551,18 @@ def test_a_manager_that_nobody_closed_does_not_stand_in_the_way_once_it_is_dropp
             manager = CheckpointManager(root, background=False)
             assert manager.resume().step == step - 1
             manager.save(state(), step)
-            signals = manager._signals
             del manager
-            signals.uninstall()
+
+
+def test_a_manager_that_nobody_closed_watches_no_signals_once_it_is_dropped(tmp_path: Path) -> None:
+    manager = CheckpointManager(str(tmp_path), save={"on_signals": ["SIGUSR1"]})
+    watch = weakref.ref(manager._signals)
+    gc.disable()  # it goes by itself, not when the collector comes round
+    try:
+        del manager
+        assert watch() is None
+    finally:
+        gc.enable()
 
 
 def test_a_fenced_writer_stops_even_under_on_error_warn(open_manager: Callable[..., CheckpointManager]) -> None:
