@@ -181,14 +181,15 @@ class Run:
         made = self.plan()
         for verdict in made.drop:
             _log.info("retention.drop step=%d why=%s", verdict.info.step, "; ".join(verdict.reasons))
-            self.drop(verdict.info)
+        self.drop(*(verdict.info for verdict in made.drop))
         return made
 
-    def drop(self, info: CheckpointInfo) -> None:
-        """Delete one checkpoint, and move the pointer when it was there."""
-        self.repository.drop(info)
-        self.steps.discard(info.step)
-        if self.repository.pointer() == info.name:
+    def drop(self, *infos: CheckpointInfo) -> None:
+        """Delete checkpoints, and move the pointer when it named one of them."""
+        for info in infos:
+            self.repository.drop(info)
+            self.steps.discard(info.step)
+        if infos and self.repository.pointer() in {info.name for info in infos}:
             newest = next((other for other in self.infos() if other.damaged is None), None)
             self.repository.point(None if newest is None else newest.name)
 

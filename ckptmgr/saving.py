@@ -50,6 +50,7 @@ class Saver:
     def __init__(self, run: Run, config: CheckpointConfig, ranks: Coordinator) -> None:
         self._run, self._config, self._ranks = run, config, ranks
         self._format = open_format(config.format, split_size_bytes=config.split_size)
+        self._fingerprint = config.fingerprint()
 
     def start(self, objects: Mapping[str, Any], request: Request, worker: Worker, after: Callable[[], None]) -> Pending:
         """Capture and copy the state, then have the worker write it. Blocks until training may change
@@ -78,7 +79,7 @@ class Saver:
                 "torch": str(torch.__version__),
                 "python": ".".join(map(str, sys.version_info[:3])),
             },
-            config=self._config.fingerprint(),
+            config=self._fingerprint,
         )
         stall = time.monotonic() - began
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import xxhash
 
@@ -15,8 +15,6 @@ from .errors import DamagedError, NotFoundError
 from .manifest import MANIFEST_NAME, PIECE_SIZE, FileEntry, Manifest, digest
 from .ranged import RangedFile
 from .store import Store
-
-Level = Literal["off", "size", "fast", "full"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,8 +102,7 @@ def prune(root: Root, archived: bool, dry_run: bool, yes: bool, as_json: bool, *
         with _holding(run):
             # Planned again, now that nobody else writes; what was not shown does not go.
             dropped = [verdict.info for verdict in run.plan().drop if _identity(verdict.info) in shown]
-            for info in dropped:
-                run.drop(info)
+            run.drop(*dropped)
     freed = sum(map(size_of, dropped))
     if as_json:
         print_json(
@@ -116,10 +115,8 @@ def prune(root: Root, archived: bool, dry_run: bool, yes: bool, as_json: bool, *
                 "freed": freed,
             }
         )
-    elif is_wanted:
-        click.echo(f"deleted {count_text(len(dropped))}, {size_text(freed)}")
     elif not dry_run:
-        click.echo("nothing was deleted")
+        click.echo(f"deleted {count_text(len(dropped))}, {size_text(freed)}" if is_wanted else "nothing was deleted")
 
 
 def _identity(info: CheckpointInfo) -> tuple[str, str]:
@@ -185,10 +182,8 @@ def _prune_archived(root: Root, *, dry_run: bool, yes: bool, as_json: bool) -> N
                 "freed": freed,
             }
         )
-    elif is_wanted:
-        click.echo(f"deleted {count_text(len(dropped))}, {size_text(freed)}")
     elif not dry_run:
-        click.echo("nothing was deleted")
+        click.echo(f"deleted {count_text(len(dropped))}, {size_text(freed)}" if is_wanted else "nothing was deleted")
 
 
 # By name
@@ -214,8 +209,7 @@ def rm(root: Root, steps: tuple[str, ...], force: bool, yes: bool, as_json: bool
         with _holding(run):
             # Looked at again, now that nobody else writes: one may be pinned, or the last one, since.
             chosen = _chosen(root, run, [info.name for info in chosen], force)
-            for info in chosen:
-                run.drop(info)
+            run.drop(*chosen)
     if as_json:
         deleted = chosen if is_wanted else []
         print_json(

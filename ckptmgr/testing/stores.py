@@ -121,7 +121,25 @@ class Crash(BaseException):
     """The process died here, as `kill -9` would have it: no handler of errors may see it as one."""
 
 
-class CrashingStore:
+class _Around:
+    """A store that is another one, but for what it does to its calls."""
+
+    store: Store
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    @property
+    def path(self) -> Path | None:
+        return self.store.path
+
+    @property
+    def can_rename(self) -> bool:
+        return self.store.can_rename
+
+
+class CrashingStore(_Around):
     """Another store, until the `after`-th effect; there, and at every call after it, `Crash` is raised.
 
     Effects are `put`, `writer`, `write`, `commit`, `delete` (each key is one) and `rename`. The one
@@ -139,18 +157,6 @@ class CrashingStore:
     @property
     def count(self) -> int:
         return len(self.log)
-
-    @property
-    def url(self) -> str:
-        return self.store.url
-
-    @property
-    def path(self) -> Path | None:
-        return self.store.path
-
-    @property
-    def can_rename(self) -> bool:
-        return self.store.can_rename
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         self.check()
@@ -228,7 +234,7 @@ class _CrashingWriter:
         self._writer.abort()
 
 
-class SlowStore:
+class SlowStore(_Around):
     """Another store whose effects wait: `delay_s` seconds each, and until `gate` is set where one is given.
 
     A test holds a save in the background by a gate that it sets when it has seen enough; no sleep is needed.
@@ -237,18 +243,6 @@ class SlowStore:
     def __init__(self, store: Store, delay_s: float = 0.0, gate: threading.Event | None = None) -> None:
         self.store, self.delay_s, self.gate = store, delay_s, gate
         self.waiting = threading.Event()  # set once an effect waits at the gate
-
-    @property
-    def url(self) -> str:
-        return self.store.url
-
-    @property
-    def path(self) -> Path | None:
-        return self.store.path
-
-    @property
-    def can_rename(self) -> bool:
-        return self.store.can_rename
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         return self.store.get(key, start, end)
