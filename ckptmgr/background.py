@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from . import priority
 from .errors import CheckpointError, FencedError
 from .manifest import CheckpointInfo
 
@@ -16,11 +17,12 @@ class Pending:
     """A save that has not committed yet, or how it ended.
 
     `step` is its step; `url` the checkpoint's once committed, else None; `error` what it failed
-    with, else None. An error is raised once: by `wait`, or else by the manager's next call.
+    with, else None; `in_background` says whether training goes on meanwhile. An error is raised
+    once: by `wait`, or else by the manager's next call.
     """
 
-    def __init__(self, step: int, root: str, future: Future[CheckpointInfo]) -> None:
-        self.step = step
+    def __init__(self, step: int, root: str, future: Future[CheckpointInfo], *, in_background: bool) -> None:
+        self.step, self.in_background = step, in_background
         self._root = root
         self._future = future
         self._is_reported = False
@@ -72,21 +74,31 @@ class Pending:
 
 
 class Worker:
-    """Runs saves one at a time, in a thread when `background`, and tells of their failures once each.
+    """Runs saves one at a time, in a thread of low priority or at once, and tells of their failures once each.
 
     Up to `tolerate` failures in a row become warnings. At interpreter exit the save in flight is
     completed, as with any `ThreadPoolExecutor`.
     """
 
-    def __init__(self, *, background: bool, tolerate: int = 0) -> None:
-        self._pool = ThreadPoolExecutor(1, "ckptmgr-save") if background else None
+    def __init__(self, *, tolerate: int = 0) -> None:
+        self._pool: ThreadPoolExecutor | None = None
         self._tolerate = tolerate
         self._failures = 0  # in a row
         self.pending: Pending | None = None  # the last one
 
-    def submit(self, step: int, root: str, save: Callable[[], CheckpointInfo], after: Callable[[], None]) -> Pending:
-        """Start a save; `after` is called when it has ended, in the thread where it ran."""
-        if self._pool is not None:
+    def submit(
+        self,
+        step: int,
+        root: str,
+        save: Callable[[], CheckpointInfo],
+        after: Callable[[], None],
+        *,
+        in_background: bool,
+    ) -> Pending:
+        """Start a save, or make it now; `after` is called when it has ended, in the thread where it ran."""
+        if in_background:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, "ckptmgr-save", priority.lower)
             future = self._pool.submit(save)
         else:
             future = Future()
@@ -94,7 +106,7 @@ class Worker:
                 future.set_result(save())
             except Exception as exc:  # noqa: BLE001 - carried to the caller by the Pending, like a thread's
                 future.set_exception(exc)
-        self.pending = Pending(step, root, future)
+        self.pending = Pending(step, root, future, in_background=in_background)
         future.add_done_callback(lambda _: after())
         return self.pending
 

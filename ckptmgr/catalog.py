@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from .config import CheckpointConfig
-from .errors import ConfigError, DamagedError
+from .errors import ConfigError, DamagedError, NotFoundError
 from .manifest import CheckpointInfo
 from .quantities import parse_duration
 from .resumption import Reader
@@ -34,7 +34,8 @@ class Catalog:
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint not known damaged, or None; from the store."""
-        return next((info.step for info in self._run.infos() if info.damaged is None), None)
+        newest = self._newest()
+        return None if newest is None else newest.step
 
     def best_step(self) -> int | None:
         """Step of the best checkpoint by the first `keep.best`, or None; from the store. Raises
@@ -44,7 +45,11 @@ class Catalog:
 
     def info(self, step: int | str = "latest") -> CheckpointInfo:
         """What the store says of a checkpoint. Raises `NotFoundError`."""
-        return self._run.find(step, self._run.infos())
+        newest = self._newest() if step == "latest" else None
+        return self._run.find(step, self._run.infos()) if newest is None else newest
+
+    def _newest(self) -> CheckpointInfo | None:
+        return next((info for info in self._run.newest_first() if info.damaged is None), None)
 
     def verify(self, step: int | str = "latest", level: str = "full") -> list[Problem]:
         """What is wrong with a checkpoint's files: `size` compares sizes, `full` reads every byte. Blocks."""
@@ -56,22 +61,28 @@ class Catalog:
         *,
         only: Sequence[str] | None = None,
         map_location: str | torch.device = "cpu",
+        mmap: bool = False,
     ) -> dict[str, Any]:
         """The state of a checkpoint as nested data, without targets; for inference and inspection.
 
         `step` is a number, "latest", "best" (by the first `keep.best`), or a tag; `only` names the
         entries wanted. Blocks; needs no lock and changes nothing. For "latest", damaged ones are
         passed over with a warning. Raises `NotFoundError`, `DamagedError`, `StateMismatchError`.
+
+        With `mmap` the tensors are private mappings of the checkpoint's files: nothing is read before
+        it is touched, processes share what they only read, and what is written stays out of the file.
+        They stay usable when the checkpoint is deleted, but on Windows, which refuses to delete it.
+        Sizes are compared, digests only with `verify.on_resume: full`. Raises `ConfigError` for what
+        can't be mapped: a remote root, another format than safetensors, another `map_location`.
         """
-        infos = self._run.infos()
         failures: list[DamagedError] = []
-        for info in infos if step == "latest" and infos else [self._run.find(step, infos)]:
+        for info in self._run.newest_first() if step == "latest" else [self.info(step)]:
             try:
-                return self._reader.load(info, only, map_location)
+                return self._reader.load(info, only, map_location, mmap)
             except DamagedError as exc:
                 failures.append(exc)
                 _log.warning("load.skip.damaged step=%d url=%s/%s cause=%s", info.step, self._run.url, info.name, exc)
-        raise failures[0]
+        raise failures[0] if failures else NotFoundError(f"no checkpoint in {self._run.url}; steps there: none")
 
     def pin(self, step: int | str, tag: str | None = None, ttl: timedelta | str | float | None = None) -> None:
         """Keep a checkpoint from every keep rule, for ever or for `ttl` ("7d", or seconds). Needs no

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from .errors import CheckpointError, ConfigError, NotFoundError, StoreError
+from .manifest import FileEntry
 from .ranged import RangedFile
-from .store import Store, Writer, open_store
+from .scatter import Wanted, scatter
+from .store import Reader, Store, Writer, open_store
 from .store.arguments import as_bytes
+from .store.local import LocalStore
+from .transfer import Segment, write_files
 
 if TYPE_CHECKING:
     import torch
@@ -81,10 +85,10 @@ def save_file(
     it would come back untied and larger than it was. Raises `ConfigError` that names them (or the
     sparse, quantized or otherwise unfit tensor), and `StoreError`.
     """
-    from .formats.safetensors_single import write_tensors
+    from .formats.safetensors_single import body
 
-    with writer(url, options) as file:
-        write_tensors(tensors, file, metadata)
+    store, key = _locate(url, options)
+    write_files({key: body(tensors, metadata)}, store.writer)
 
 
 def load_file(
@@ -98,8 +102,13 @@ def load_file(
 
     store, key = _locate(url, options)
     raw, size = _open_raw(store, key)
-    with io.BufferedReader(raw, _BLOCK) as file:
-        return SafetensorsReader(cast(BinaryIO, file), size, _where(store, key), device).get_tensors()
+
+    def fetch(segments: Sequence[Segment]) -> None:
+        wanted = Wanted(FileEntry(key, size, ""), _where(store, key), lambda: _reader(store, key), segments)
+        scatter([wanted], digests=False, is_remote=store.path is None)
+
+    with raw:
+        return SafetensorsReader(cast(BinaryIO, raw), size, _where(store, key), device).get_tensors(fetch)
 
 
 @contextmanager
@@ -148,6 +157,13 @@ def _open_raw(store: Store, key: str) -> tuple[io.RawIOBase, int]:
     if entry is None:
         raise NotFoundError(f"there is no file {_where(store, key)}")
     return _RangeFile(store, key, entry.size), entry.size
+
+
+def _reader(store: Store, key: str) -> Reader:
+    if store.path is not None:
+        path = (store.path / key).resolve()  # where `_open_local` found it
+        return LocalStore(path.parent).reader(path.name)
+    return store.reader(key)
 
 
 def _open_local(path: Path) -> tuple[io.RawIOBase, int]:

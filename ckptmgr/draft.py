@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,12 +20,11 @@ from .errors import AlreadyExistsError, CheckpointError, ConfigError, DamagedErr
 from .manifest import MANIFEST_NAME, PIECE_SIZE, CheckpointInfo, FileEntry, Manifest, Pin, checked_name
 from .pins import Pins, pin_key
 from .source import Source
-from .store import Store, Writer
+from .store import DRAFTS, Store, Writer
+from .transfer import Body, write_files
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
-
-DRAFTS = ".ckptmgr/drafts"
 
 _log = logging.getLogger("ckptmgr.draft")
 
@@ -36,30 +35,25 @@ class DraftFile:
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._size = 0
-        self._whole = xxhash.xxh3_128()
         self._piece = xxhash.xxh3_128()
-        self._pieces: list[str] = []
+        self._pieces: list[bytes] = []
 
     def write(self, data: Buffer) -> int:
         view = memoryview(data).cast("B")
         rest = view
         while rest:
+            if self._size and self._size % PIECE_SIZE == 0:
+                self._pieces.append(self._piece.digest())
+                self._piece.reset()
             part = rest[: PIECE_SIZE - self._size % PIECE_SIZE]
-            self._whole.update(part)
             self._piece.update(part)
             self._writer.write(part)
             self._size += len(part)
             rest = rest[len(part) :]
-            if self._size % PIECE_SIZE == 0:
-                self._pieces.append(self._piece.hexdigest())
-                self._piece.reset()
         return len(view)
 
     def entry(self, name: str) -> FileEntry:
-        if self._size <= PIECE_SIZE:
-            return FileEntry(name, self._size, self._whole.hexdigest())
-        tail = (self._piece.hexdigest(),) if self._size % PIECE_SIZE else ()
-        return FileEntry(name, self._size, self._whole.hexdigest(), (*self._pieces, *tail))
+        return FileEntry.of(name, self._size, [*self._pieces, self._piece.digest()])
 
 
 class Draft:
@@ -79,9 +73,8 @@ class Draft:
     @contextmanager
     def create(self, name: str) -> Iterator[DraftFile]:
         """A new file of the checkpoint: complete when the block ends, gone when it raises."""
-        if checked_name(name) in self._files or name == MANIFEST_NAME:
-            raise AlreadyExistsError(f"the draft of {self.name} already has a file {name!r}")
-        writer = self._store.writer(f"{self._folder}/{self._prefix}{name}")
+        own = self._own_name(name)
+        writer = self._store.writer(self._key(own))
         try:
             file = DraftFile(writer)
             yield file
@@ -89,7 +82,44 @@ class Draft:
         except BaseException:
             writer.abort()
             raise
-        self._files[name] = file.entry(self._prefix + name)
+        self._files[name] = file.entry(own)
+
+    def write(self, bodies: Mapping[str, Body]) -> None:
+        """New files of the checkpoint, complete at return; blocks. When it raises, the draft is to be aborted."""
+        own = {self._own_name(name): name for name in bodies}
+        entries = write_files(
+            {each: bodies[name] for each, name in own.items()},
+            lambda each, size: self._store.writer(self._key(each), size),
+        )
+        self._files |= {own[each]: entry for each, entry in entries.items()}
+
+    def link(self, name: str, source_key: str, entry: FileEntry) -> bool:
+        """A new file of the checkpoint with the bytes of one that the store has under `source_key`: its
+        entry says which. False, and nothing done, where the store can't. Blocks.
+
+        Raises `NotFoundError` when that one is gone, and `DamagedError` when it has another size.
+        """
+        own = self._own_name(name)
+        if not self._store.copy(source_key, self._key(own)):
+            return False
+        found = self._store.stat(self._key(own))
+        if found is None or found.size != entry.size:
+            self._store.delete([self._key(own)])
+            size = f"{found.size:,}" if found else "no"
+            raise DamagedError(
+                f"{self._store.url}/{source_key} has {size} bytes, not {entry.size:,}; it was not shared"
+            )
+        self._files[name] = FileEntry.of(own, entry.size, entry.digests, shared=True)
+        return True
+
+    def _own_name(self, name: str) -> str:
+        """The name that the manifest will give to a new file."""
+        if checked_name(name) in self._files or name == MANIFEST_NAME:
+            raise AlreadyExistsError(f"the draft of {self.name} already has a file {name!r}")
+        return self._prefix + name
+
+    def _key(self, own_name: str) -> str:
+        return f"{self._folder}/{own_name}"
 
     def commit(
         self,

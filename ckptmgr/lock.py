@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import AlreadyExistsError, CheckpointError, FencedError, NotFoundError, StoreError
+from .records import FOLDER, is_refused
 from .store import Store
+from .store.disk import sync_file, sync_folder
 
 try:
     import fcntl
 except ImportError:  # Windows: the lease serves there too
     fcntl = None  # type: ignore[assignment]
 
-FOLDER = ".ckptmgr"
 _JOIN_S = 10.0
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 
@@ -67,6 +68,27 @@ def acquire(store: Store, *, floor: int = 0, takeover: bool = False, ttl_s: floa
                 raise _refused(store.path / FOLDER / "lock", exc) from exc
             _log.info("lock.flock.unsupported path=%s, using a lease", store.path)
     return Lease(store, floor=floor, takeover=takeover, ttl_s=ttl_s)
+
+
+def last_writer(store: Store) -> int:
+    """The highest attempt that any writer of this root has claimed, or 0 where that is not recorded. A
+    claim is durable before anything is committed under its number."""
+    claimed = max(_claims(store), default=0)
+    if store.path is None:
+        return claimed
+    try:
+        return max(claimed, _attempt_of(_parse(store.get(f"{FOLDER}/lock"))))
+    except NotFoundError:
+        return claimed
+    except StoreError as exc:
+        if not is_refused(store, exc):
+            raise
+        return 0  # it may be read by its owner alone
+
+
+def _claims(store: Store) -> list[int]:
+    names = (entry.name for entry in store.list(f"{FOLDER}/lease"))
+    return [int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()]
 
 
 def _refused(path: Path, exc: OSError) -> StoreError:
@@ -160,6 +182,9 @@ class FileLock:
         data = json.dumps({**_me(), "attempt": self.attempt}).encode()
         os.ftruncate(fd, 0)
         os.pwrite(fd, data, 0)
+        # Readers take the number for the highest there is: a checkpoint must never outlive it.
+        sync_file(fd)
+        sync_folder(self._path.parent)
         _close_in_children(self)
 
     def _is_current(self, fd: int) -> bool:
@@ -218,7 +243,7 @@ class Lease:
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._store, self._ttl_s, self._now, self._pause = store, ttl_s, now, pause
-        claims = self._claims()
+        claims = _claims(store)
         if claims and not takeover and (owner := self._living_owner(max(claims))) is not None:
             raise _held(store.url, owner)
         self.attempt = max([floor, *claims]) + 1
@@ -241,10 +266,6 @@ class Lease:
 
     def _key(self, attempt: int, kind: str = "json") -> str:
         return f"{FOLDER}/lease/{attempt:010d}.{kind}"
-
-    def _claims(self) -> list[int]:
-        names = (entry.name for entry in self._store.list(f"{FOLDER}/lease"))
-        return [int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()]
 
     def _living_owner(self, attempt: int) -> dict[str, Any] | None:
         """The owner of a claim, or None when it released it, died on this host, or fell silent.
@@ -296,7 +317,7 @@ class Lease:
             _log.warning("lease.beat.failed url=%s cause=%s", self._store.url, exc)
 
     def check(self) -> None:
-        newer = [attempt for attempt in self._claims() if attempt > self.attempt]
+        newer = [attempt for attempt in _claims(self._store) if attempt > self.attempt]
         if newer:
             raise _held(self._store.url, _parse(self._store.get(self._key(max(newer)))))
         if self._stop.is_set():

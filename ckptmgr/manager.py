@@ -22,7 +22,7 @@ from .request_file import RequestFile
 from .resumption import Resumed, warn_if_unhealthy
 from .retention import Plan
 from .run import Run
-from .saving import Request, Saver, as_count, as_floats, as_mapping
+from .saving import Request, Saver, as_count, as_floats, as_mapping, expected_bytes
 from .schedule import Schedule
 from .signals import SignalWatch
 from .store import Store, open_store
@@ -73,7 +73,7 @@ class CheckpointManager(Catalog):
         super().__init__(Run(store, self.config, takeover=takeover, read_only=read_only), self.config)
         self._saver = Saver(self._run, self.config, find_coordinator())
         tolerate = self.config.max_failures if self.config.on_error == "warn" else 0
-        self._worker = Worker(background=self.config.background, tolerate=tolerate)
+        self._worker = Worker(tolerate=tolerate)
         self._fresh, self._read_only = fresh, read_only
         self._signals = SignalWatch(() if read_only else self.config.save.on_signals)
         self._schedule = Schedule(self.config.trigger(triggers), self._signals, clock)
@@ -116,7 +116,7 @@ class CheckpointManager(Catalog):
         if not decision:
             return None
         if self._is_safe(request.step) and not request.overwrite:
-            self._schedule.saved(request.step, request.epoch)  # this very step is there, or on its way
+            self._note_saved(request)  # this very step is there, or on its way
             return None
         if self._worker.is_busy and self.config.when_busy == "skip" and not self.should_stop:
             _log.info("save.skip.busy step=%d", request.step)
@@ -151,15 +151,25 @@ class CheckpointManager(Catalog):
             raise ConfigError(f"tags={tags!r} is one text; give a list of tags: [{tags!r}]")
         replaces = self.config.overwrite if overwrite is None else overwrite
         request = self._request(step, epoch, metrics, overwrite=replaces)
-        for tag in map(checked_tag, tags):
-            if not self._fresh:  # which archives whoever has it now
-                self._run.repository.check_tag_free(tag, [i for i in self._run.infos() if i.step != request.step])
-        return self._save(state, replace(request, reason="save()", tags=tuple(tags), pin=pin))
+        tags = tuple(map(checked_tag, tags))
+        if tags and not self._fresh:  # which archives whoever has them now
+            self._settle()
+            others = [info for info in self._run.known() if info.step != request.step]
+            for tag in tags:
+                self._run.repository.check_tag_free(tag, others)
+        return self._save(state, replace(request, reason="save()", tags=tags, pin=pin))
 
     @property
     def should_stop(self) -> bool:
         """Whether a terminating signal such as SIGTERM came: leave the loop and `close`. Never blocks."""
         return self._signals.stop
+
+    def prepare(self, state: State) -> None:
+        """Make ahead what the first save of a state like this one would have to make: the plan of its
+        files and, with `background`, the memory for its copy. Blocks; saves nothing. Call it right
+        before the loop, when the optimizer has its state; `resume` makes the memory by itself."""
+        self._settle()
+        self._saver.prepare(as_mapping(state))
 
     def request_save(self, reason: str = "requested") -> None:
         """Make the next `maybe_save` save. From any thread; never blocks."""
@@ -228,6 +238,7 @@ class CheckpointManager(Catalog):
                 self._request_file.stop()
             self._signals.uninstall()
             self._worker.close()
+            self._saver.close()
         finally:
             self._run.release()
 
@@ -283,20 +294,24 @@ class CheckpointManager(Catalog):
                 self._fresh = False
                 return Resumed()
             self._run.hold()
-        infos = self._run.infos()
-        candidates = infos if step is None else [self._run.find(step, infos)]
+        listing = self._run.listing()
+        candidates = (
+            self._run.newest_first(listing) if step is None else [self._run.find(step, self._run.infos(listing))]
+        )
         found = self._reader.restore_first(candidates, targets, strict, skip, map_location, self._mark)
         if found is None:
             if not self._read_only:
-                self._run.begin()
+                self._run.begin(listing)
+                self._saver.make_room(expected_bytes(targets))
             return Resumed()
         info, resumed = found
         if not self._read_only:
-            damaged = {one.url for one in resumed.skipped}
-            self._run.go_on_from(info, [o for o in infos if f"{self._run.url}/{o.name}" not in damaged])
-            self._run.retain()
+            self._saver.make_room(info.manifest.size if info.manifest else 0)
+            self._saver.goes_on_from(info)
+            self._run.go_on_from(info, listing, {one.url.removeprefix(f"{self._run.url}/") for one in resumed.skipped})
+            self._run.rotate()
         self._schedule.saved(info.step, resumed.epoch)
-        warn_if_unhealthy(info, infos)
+        warn_if_unhealthy(info, self._run.newest_first(listing))
         return resumed
 
     def _mark(self, info: CheckpointInfo, reason: str) -> None:
@@ -343,12 +358,12 @@ class CheckpointManager(Catalog):
         changed, when this one can't be gone on from."""
         self._settle()
         self._run.hold()
-        infos = self._run.infos()
-        info = self._run.find(step, infos)
+        listing = self._run.listing()
+        info = self._run.find(step, self._run.infos(listing))
         if info.damaged is not None or info.manifest is None:
             raise DamagedError(f"step {info.step} in {self._run.url} is damaged: {info.damaged}; rewind to another")
         self._run.repository.open(info)
-        self._run.go_on_from(info, infos)
+        self._run.go_on_from(info, listing)
         self._last_call = None
         self._schedule.saved(info.step, info.manifest.epoch)
 
@@ -380,12 +395,15 @@ class CheckpointManager(Catalog):
             )
         self._run.repository.names.format(request.step, request.epoch, self._run.name or "")  # now, not in the thread
         pending = self._saver.start(as_mapping(state), request, self._worker, self._schedule.alert)
-        self._schedule.saved(request.step, request.epoch)
-        if pending.done():
-            self._schedule.alert()  # it may have alerted before `saved` took that back
-        if not self.config.background:
+        self._note_saved(request)
+        if not pending.in_background:
             self._worker.raise_failure()
         return pending
+
+    def _note_saved(self, request: Request) -> None:
+        self._schedule.saved(request.step, request.epoch)
+        if self._worker.pending is not None and self._worker.pending.done():
+            self._schedule.alert()  # it may have alerted before `saved` took that back
 
     def _settle(self) -> None:
         """Wait for the save in flight, before what needs the root to itself."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -17,7 +17,7 @@ import xxhash
 
 from .errors import ConfigError, DamagedError, FormatVersionError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 DIGEST = "xxh3_128"
 PIECE_SIZE = 64 << 20  # bytes; each piece of a file has a digest of its own
@@ -33,18 +33,38 @@ def digest(data: Any) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def pieces(size: int) -> list[tuple[int, int]]:
+    """Where the pieces of a file of `size` bytes begin and end; an empty file is one empty piece."""
+    return [(begin, min(begin + PIECE_SIZE, size)) for begin in range(0, max(size, 1), PIECE_SIZE)]
+
+
 @dataclass(frozen=True, slots=True)
 class FileEntry:
     """One file of a checkpoint: name relative to its folder, size in bytes, digests.
 
     `pieces` are the digests of consecutive pieces of `PIECE_SIZE` bytes; empty for a file of at
-    most one piece, whose digest is `digest`.
+    most one piece, whose digest is `digest`. For a file of more, `digest` is that of its pieces'
+    digests, one after the other (in format version 1: of all its bytes). `shared` says that its
+    bytes were not written but are those of a file of an earlier checkpoint.
     """
 
     name: str
     size: int
     digest: str
     pieces: tuple[str, ...] = ()
+    shared: bool = False
+
+    @classmethod
+    def of(cls, name: str, size: int, pieces: Sequence[bytes], *, shared: bool = False) -> FileEntry:
+        """A file with these digests of its pieces."""
+        if len(pieces) == 1:
+            return cls(name, size, pieces[0].hex(), shared=shared)
+        return cls(name, size, digest(b"".join(pieces)), tuple(piece.hex() for piece in pieces), shared)
+
+    @property
+    def digests(self) -> tuple[bytes, ...]:
+        """The digest of each piece."""
+        return tuple(map(bytes.fromhex, self.pieces or (self.digest,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +72,8 @@ class Manifest:
     """Everything that lists and retention need to know of a checkpoint. No secrets.
 
     `files` are named relative to the checkpoint's folder; `attempt` numbers the processes that
-    wrote to the run, `nonce` the save; `parent` is the step this one was trained on from.
+    wrote to the run, `nonce` the save; `parent` is the step this one was trained on from; `version`
+    is that of the format it was read from, in which it is written again.
     """
 
     step: int
@@ -70,11 +91,17 @@ class Manifest:
     healthy: bool = True
     versions: Mapping[str, str] = field(default_factory=dict)
     config: str = ""
+    version: int = FORMAT_VERSION
 
     @property
     def size(self) -> int:
         """Bytes of all files, without the manifest."""
         return sum(file.size for file in self.files)
+
+    @property
+    def written(self) -> int:
+        """Bytes of the files that this save itself wrote."""
+        return sum(file.size for file in self.files if not file.shared)
 
     def file(self, name: str) -> FileEntry | None:
         return next((file for file in self.files if file.name == name), None)
@@ -82,7 +109,7 @@ class Manifest:
     def to_json(self) -> bytes:
         """The manifest's bytes. The last key is the digest of everything before it."""
         body = {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.version,
             "step": self.step,
             "epoch": self.epoch,
             # JSON has no NaN; a text keeps it readable by every parser.
@@ -96,10 +123,7 @@ class Manifest:
             "format": self.format,
             "digest_algorithm": DIGEST,
             "piece_size": PIECE_SIZE,
-            "files": [
-                {"name": f.name, "size": f.size, "digest": f.digest, **({"pieces": list(f.pieces)} if f.pieces else {})}
-                for f in self.files
-            ],
+            "files": [_file_to_json(file) for file in self.files],
             "tags": list(self.tags),
             "healthy": self.healthy,
             "versions": dict(self.versions),
@@ -148,22 +172,40 @@ class Manifest:
                 parent=None if body["parent"] is None else _whole(body["parent"]),
                 world_size=_whole(body["world_size"]),
                 format=str(body["format"]),
-                files=tuple(
-                    FileEntry(
-                        checked_name(f["name"]),
-                        _whole(f["size"]),
-                        str(f["digest"]),
-                        tuple(map(str, f.get("pieces", ()))),
-                    )
-                    for f in body["files"]
-                ),
+                files=tuple(_file_from_json(file, version) for file in body["files"]),
                 tags=tuple(map(str, body["tags"])),
                 healthy=bool(body["healthy"]),
                 versions={str(k): str(v) for k, v in body["versions"].items()},
                 config=str(body["config"]),
+                version=version,
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as exc:
             raise DamagedError(f"manifest does not parse: {exc!r}") from exc
+
+
+def _file_to_json(file: FileEntry) -> dict[str, Any]:
+    body: dict[str, Any] = {"name": file.name, "size": file.size, "digest": file.digest}
+    if file.pieces:
+        body["pieces"] = list(file.pieces)
+    if file.shared:
+        body["shared"] = True
+    return body
+
+
+def _file_from_json(body: Any, version: int) -> FileEntry:
+    entry = FileEntry(
+        checked_name(body["name"]),
+        _whole(body["size"]),
+        str(body["digest"]),
+        tuple(map(str, body.get("pieces", ()))),
+        body.get("shared") is True,
+    )
+    count = -(-entry.size // PIECE_SIZE)
+    if len(entry.pieces) != (count if count > 1 else 0):
+        raise DamagedError(f"manifest has {len(entry.pieces)} digests for the {count} pieces of {entry.name!r}")
+    if version > 1 and entry.pieces and digest(b"".join(entry.digests)) != entry.digest:
+        raise DamagedError(f"manifest's digest of {entry.name!r} is not that of its pieces")
+    return entry
 
 
 def _canonical(body: dict[str, Any]) -> bytes:
@@ -256,6 +298,7 @@ class NameTemplate:
             )
         self.needs_epoch = "epoch" in fields
         self._regex = self._compile()
+        self._each = re.compile(rf"(?:{self._regex.pattern}|[^/]+)(?:/|\Z)")
         if self.step(sample) != _SAMPLE_STEP:
             raise ConfigError(f"name: {template!r} gives folders like {sample!r}, whose step can't be told from it")
 
@@ -287,6 +330,11 @@ class NameTemplate:
         """The step in a folder's name, matched whole, or None."""
         match = self._regex.fullmatch(name)
         return int(match["step"]) if match else None
+
+    def steps(self, names: Iterable[str]) -> list[int]:
+        """The step in each of many folders' names, or -1."""
+        # One search for all: there may be ten thousand.
+        return [int(step or -1) for step in self._each.findall("/".join(names))]
 
 
 DEFAULT_NAMES = NameTemplate("step-{step:08d}")

@@ -31,9 +31,9 @@ class Pins:
         self._store = store
         self._told: set[str] = set()  # what was warned of already: listings are frequent
 
-    def read(self, keys: Iterable[str]) -> list[Pin]:
-        """The pins among these keys. One that can't be read holds for ever, with a warning."""
-        return [pin for key in keys if key.startswith(f"{_FOLDER}/") and (pin := self._read(key)) is not None]
+    def read(self) -> list[Pin]:
+        """Every pin. One that can't be read holds for ever, with a warning."""
+        return [pin for entry in self._store.list(_FOLDER) if (pin := self._read(entry.key)) is not None]
 
     def _read(self, key: str) -> Pin | None:
         match = _KEY.fullmatch(key)
@@ -70,11 +70,14 @@ class Pins:
     def remove(self, pins: Iterable[Pin]) -> None:
         self._store.delete([pin_key(pin.name, pin.nonce, pin.tag) for pin in pins])
 
-    def forget(self, name: str, nonce: str | None, keys: Iterable[str]) -> None:
-        """Remove the pins of a checkpoint that is none any more; without a nonce, all of its folder."""
-        matches = [match for key in keys if (match := _KEY.fullmatch(key))]
-        gone = [match[0] for match in matches if match["name"] == name and nonce in (None, match["nonce"])]
-        self._store.delete(gone)
+    def forget(self, *gone: tuple[str, str | None]) -> None:
+        """Remove the pins of checkpoints that are none any more, by folder and nonce; without a nonce,
+        all of its folder."""
+        matches = [match for entry in self._store.list(_FOLDER) if (match := _KEY.fullmatch(entry.key))]
+        them = {*gone}
+        self._store.delete(
+            match[0] for match in matches if (match["name"], match["nonce"]) in them or (match["name"], None) in them
+        )
 
 
 def pin_key(name: str, nonce: str, tag: str | None = None) -> str:

@@ -12,7 +12,6 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -21,6 +20,7 @@ from .manifest import Manifest
 from .store import Store
 
 FOLDER = ".ckptmgr"
+_ASIDE = re.compile(r"(?P<name>.+)\.(?P<nonce>[0-9A-Za-z]+)\.json")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 RESERVED_TAGS = ("latest", "best")
 # No permission, or no plain file (`LocalStore` says EINVAL of a folder, and of a link ELOOP).
@@ -37,11 +37,6 @@ class Aside:
     name: str
     manifest: Manifest
 
-    @property
-    def is_dropped(self) -> bool:
-        """Whether its data is on its way out."""
-        return self.key.startswith(f"{FOLDER}/trash/")
-
 
 class Records:
     """Reads and writes the records of one root."""
@@ -49,28 +44,23 @@ class Records:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def keys(self) -> list[str]:
-        """Every record there is, from one listing."""
-        return [entry.key for entry in self._store.list(FOLDER, recursive=True)]
-
     # Damage
 
-    def damaged(self, keys: Iterable[str]) -> dict[tuple[str, str], str]:
+    def damaged(self) -> dict[tuple[str, str], str]:
         """What is known to be damaged, by folder and nonce, with the reason."""
         marks = {}
-        for key in keys:
-            if key.startswith(f"{FOLDER}/damaged/"):
-                name, _, nonce = key.rsplit("/", 1)[1].removesuffix(".json").rpartition(".")
-                try:
-                    marks[name, nonce] = str(json.loads(self._store.get(key))["reason"])
-                except NotFoundError:
-                    continue
-                except StoreError as exc:
-                    if not is_refused(self._store, exc):
-                        raise
-                    marks[name, nonce] = "marked as damaged"
-                except (ValueError, KeyError, TypeError):
-                    marks[name, nonce] = "marked as damaged"
+        for entry in self._store.list(f"{FOLDER}/damaged"):
+            name, _, nonce = entry.name.removesuffix(".json").rpartition(".")
+            try:
+                marks[name, nonce] = str(json.loads(self._store.get(entry.key))["reason"])
+            except NotFoundError:
+                continue
+            except StoreError as exc:
+                if not is_refused(self._store, exc):
+                    raise
+                marks[name, nonce] = "marked as damaged"
+            except (ValueError, KeyError, TypeError):
+                marks[name, nonce] = "marked as damaged"
         return marks
 
     def mark_damaged(self, name: str, nonce: str, reason: str, now: datetime) -> None:
@@ -91,10 +81,16 @@ class Records:
         self._store.put(key, manifest.to_json())
         return Aside(key, name, manifest)
 
-    def asides(self, kind: str, keys: Iterable[str]) -> list[Aside]:
+    def asides(self, kind: str) -> list[Aside]:
         """What was put aside. What can't be read is left where it is, with a warning."""
-        start = f"{FOLDER}/{kind}/"
-        return [aside for key in keys if key.startswith(start) and (aside := self._aside(key, start)) is not None]
+        start = f"{FOLDER}/{kind}"
+        found = (self._aside(entry.key, f"{start}/") for entry in self._store.list(start))
+        return [aside for aside in found if aside is not None]
+
+    def archived(self) -> dict[tuple[str, str], str]:
+        """The keys of what is under `archive`, by folder and nonce. There may be thousands: none is read."""
+        found = ((_ASIDE.fullmatch(entry.name), entry.key) for entry in self._store.list(f"{FOLDER}/archive"))
+        return {(match["name"], match["nonce"]): key for match, key in found if match}
 
     def _aside(self, key: str, start: str) -> Aside | None:
         try:

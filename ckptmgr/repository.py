@@ -12,18 +12,19 @@ import logging
 import operator
 import re
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from itertools import islice
 
-from .draft import DRAFTS, Draft, discard
+from .draft import Draft, discard
 from .errors import ConfigError, DamagedError, FormatVersionError, NotFoundError, StoreError
-from .manifest import DEFAULT_NAMES, MANIFEST_NAME, CheckpointInfo, Manifest, NameTemplate, Pin, guessed_step
+from .listing import Listing, each, read_checkpoint
+from .lock import last_writer
+from .manifest import DEFAULT_NAMES, MANIFEST_NAME, CheckpointInfo, NameTemplate, Pin
 from .pins import Pins
-from .records import Aside, Records, checked_tag, is_refused, new_nonce
+from .records import FOLDER, Aside, Records, checked_tag, new_nonce
 from .source import Problem, Source
-from .store import Store
+from .store import DRAFTS, Store
 
-_READERS = 16  # manifests fetched at a time from a remote store
 _DRAFT = re.compile(r"(?P<name>.+)\.(?P<nonce>[0-9a-f]{16})")
 
 _log = logging.getLogger("ckptmgr.repository")
@@ -47,6 +48,7 @@ class Repository:
             )
         self.store = store
         self.names = names or DEFAULT_NAMES
+        self._templates = tuple(dict.fromkeys((self.names, DEFAULT_NAMES)))
         self._records, self._pins = Records(store), Pins(store)
         self._pointer = pointer
         self._commit = commit
@@ -63,60 +65,34 @@ class Repository:
 
         Raises `FormatVersionError` for one that a newer ckptmgr wrote.
         """
-        folders = [e.name for e in self.store.list() if e.is_folder and not e.name.startswith(".")]
-        if not folders:
-            return []
-        keys = self._records.keys()
-        pins, marks = self._pins.read(keys), self._records.damaged(keys)
-        if self.store.path is not None:
-            found = [self._info(name) for name in folders]
-        else:
-            with ThreadPoolExecutor(_READERS, "ckptmgr-list") as pool:
-                found = list(pool.map(self._info, folders))
-        infos, attempt = [], 0
-        for info in sorted(filter(None, found), key=lambda info: (info.step, info.manifest is None)):
-            # One that can't be read counts as written by whoever wrote the step before it.
-            attempt = info.manifest.attempt if info.manifest else attempt
-            nonce = info.manifest.nonce if info.manifest else ""
-            damaged = info.damaged or marks.get((info.name, nonce))
-            # Whichever one it was: one that can't be read has no nonce to tell.
-            held = tuple(pin for pin in pins if pin.name == info.name and (pin.nonce == nonce or not nonce))
-            guess = attempt if info.manifest is None else 0
-            infos.append(CheckpointInfo(info.name, info.step, info.manifest, damaged, held, guess))
-        return sorted(infos, key=lambda info: info.order, reverse=True)
+        return self.listing().infos()
 
-    def _info(self, name: str) -> CheckpointInfo | None:
-        # Someone else's manifest.json in someone else's folder is no checkpoint, and no obstacle either.
-        step = next((step for names in (self.names, DEFAULT_NAMES) if (step := names.step(name)) is not None), None)
-        try:
-            data = self.store.get(f"{name}/{MANIFEST_NAME}")
-        except NotFoundError:
-            return None  # a draft, or nothing of ours
-        except StoreError as exc:
-            if step is not None or not is_refused(self.store, exc):
-                raise
-            _log.debug("folder.skip.refused url=%s/%s cause=%s", self.store.url, name, exc)
-            return None
-        if step is None and b'"format_version"' in data and b'"nonce"' in data:
-            step = guessed_step(name)  # ours, from when `name` was another
-        try:
-            manifest = Manifest.from_json(data)
-        except FormatVersionError as exc:
-            if step is None:
-                return None
-            raise FormatVersionError(f"{self.store.url}/{name}: {exc}") from exc
-        except DamagedError as exc:
-            return None if step is None else CheckpointInfo(name, step, None, str(exc))
-        return CheckpointInfo(name, manifest.step, manifest)
+    def listing(self, last_attempt: int | None = None) -> Listing:
+        """What is there now, to be read as far as it is asked for. `last_attempt` is the highest that a
+        checkpoint can have, where the caller knows better than the records of the writer's lock."""
+        folders = [entry.key for entry in self.store.list() if entry.is_folder and entry.key[0] != "."]
+        pins, marks = self.records() if folders else ([], {})
+        ask = (lambda: last_writer(self.store)) if last_attempt is None else (lambda: last_attempt)
+        return Listing(self.store, self._templates, folders, pins, marks, ask)
+
+    def records(self) -> tuple[list[Pin], dict[tuple[str, str], str]]:
+        """The pins, and what is known to be damaged, by folder and nonce with the reason, as they are now."""
+        there = {entry.name for entry in self.store.list(FOLDER)}
+        pins = self._pins.read() if "pins" in there else []
+        return pins, self._records.damaged() if "damaged" in there else {}
+
+    def read(self, name: str) -> CheckpointInfo | None:
+        """The checkpoint in a folder, without pins and known damage, or None when there is none."""
+        return read_checkpoint(self.store, name, self._templates)
 
     def find(self, which: int | str, infos: Sequence[CheckpointInfo] | None = None) -> CheckpointInfo:
         """One checkpoint by step, folder name, tag, or "latest" (the newest not known damaged).
 
         Raises `NotFoundError` that says what there is.
         """
-        infos = self.infos() if infos is None else infos
         matches = self.find_all(which, infos)
         if not matches:
+            infos = self.infos() if infos is None else infos
             what = repr(which) if _as_step(which) is None else f"step {which}"
             there = ", ".join(str(info.step) for info in infos[:10]) or "none"
             more = f" and {len(infos) - 10} more" if len(infos) > 10 else ""
@@ -125,9 +101,10 @@ class Repository:
 
     def find_all(self, which: int | str, infos: Sequence[CheckpointInfo] | None = None) -> list[CheckpointInfo]:
         """All that `find` could have meant, its answer first: what is about to be deleted must be one."""
-        infos = self.infos() if infos is None else infos
         if which == "latest":
-            return [info for info in infos if info.damaged is None][:1]
+            newest_first = self.listing().newest_first() if infos is None else infos
+            return [*islice((info for info in newest_first if info.damaged is None), 1)]
+        infos = self.infos() if infos is None else infos
         if (step := _as_step(which)) is not None:
             # Of equal steps a sound one before a damaged one, then the newer attempt's.
             return sorted((info for info in infos if info.step == step), key=lambda info: info.damaged is not None)
@@ -169,7 +146,7 @@ class Repository:
     def _is_taken(self, name: str) -> bool:
         """A rename needs a folder that does not exist; a manifest only that there is no other."""
         if self.renames:
-            return any(entry.name == name for entry in self.store.list())
+            return any(self.store.stat(key) is not None for key in (f"{name}/", name))
         return self.store.stat(f"{name}/{MANIFEST_NAME}") is not None
 
     def point(self, name: str | None) -> None:
@@ -191,7 +168,7 @@ class Repository:
         if info.manifest is None:
             self.store.delete([f"{info.name}/{MANIFEST_NAME}"])
             self.store.delete([f"{info.name}/"])
-            self._pins.forget(info.name, None, self._records.keys())
+            self._pins.forget((info.name, None))
         else:
             tombstone = self._records.put_aside("trash", info.name, info.manifest)
             self.store.delete([f"{info.name}/{MANIFEST_NAME}"])
@@ -199,13 +176,24 @@ class Repository:
         _log.info("checkpoint.drop.done step=%d url=%s/%s", info.step, self.store.url, info.name)
 
     def _delete_data(self, aside: Aside) -> None:
-        there = self._info(aside.name)
+        there = self.read(aside.name)
         # Another save of the step may have taken the folder since.
         kept = {file.name for file in there.manifest.files} if there and there.manifest else set()
         self.store.delete([f"{aside.name}/{file.name}" for file in aside.manifest.files if file.name not in kept])
-        self._pins.forget(aside.name, aside.manifest.nonce, self._records.keys())
+        self._pins.forget((aside.name, aside.manifest.nonce))
         self._records.forget(aside)
         self.store.delete([aside.key])  # last: it is what leads a sweep here
+
+    def _is_committed(self, name: str, nonce: str) -> bool:
+        """Whether a save is a checkpoint. Most that are asked about have no manifest at all."""
+        if self.store.stat(f"{name}/{MANIFEST_NAME}") is None:
+            return False
+        there = self.read(name)
+        return there is not None and there.manifest is not None and there.manifest.nonce == nonce
+
+    def is_there(self, info: CheckpointInfo) -> bool:
+        """Whether it still is a checkpoint."""
+        return info.manifest is not None and self._is_committed(info.name, info.manifest.nonce)
 
     def archive(self, info: CheckpointInfo) -> None:
         """Make a checkpoint no checkpoint, without its pins, and keep its data until `drop_archived`.
@@ -214,12 +202,12 @@ class Repository:
             return
         self._records.put_aside("archive", info.name, info.manifest)
         self.store.delete([f"{info.name}/{MANIFEST_NAME}"])
-        self._pins.forget(info.name, info.manifest.nonce, self._records.keys())
+        self._pins.forget((info.name, info.manifest.nonce))
         _log.info("checkpoint.archive.done step=%d url=%s/%s", info.step, self.store.url, info.name)
 
     def archived(self) -> list[Aside]:
         """What `archive` put aside."""
-        return self._records.asides("archive", self._records.keys())
+        return self._records.asides("archive")
 
     def drop_archived(self, aside: Aside) -> None:
         """Delete the data of an archived checkpoint."""
@@ -258,7 +246,7 @@ class Repository:
         step = _as_step(which)
         meant = [
             pin
-            for pin in self._pins.read(self._records.keys())
+            for pin in self._pins.read()
             if pin in held or (which in (pin.name, pin.tag) if step is None else pin.step == step)
         ]
         return [pin for pin in meant if tag in (None, pin.tag)]
@@ -278,17 +266,17 @@ class Repository:
         dead, or fenced off before its commit.
         """
         done = 0
-        keys = self._records.keys()
-        for aside in [*self._records.asides("trash", keys), *self._records.asides("archive", keys)]:
-            there = self._info(aside.name)
-            if there and there.manifest and there.manifest.nonce == aside.manifest.nonce:
+        for aside in self._records.asides("trash"):
+            if self._is_committed(aside.name, aside.manifest.nonce):
                 self.store.delete([aside.key])  # its manifest was never deleted: it stays a checkpoint
-            elif aside.is_dropped:
-                self._delete_data(aside)
             else:
-                self._pins.forget(aside.name, aside.manifest.nonce, keys)
-                continue
+                self._delete_data(aside)
             done += 1
+        archived = self._records.archived()
+        alive = each(self.store, lambda one: self._is_committed(*one), [*archived])
+        self.store.delete(key for key, lives in zip(archived.values(), alive, strict=True) if lives)
+        self._pins.forget(*(one for one, lives in zip(archived, alive, strict=True) if not lives))
+        done += sum(alive)
         for entry in self.store.list(DRAFTS):
             if match := _DRAFT.fullmatch(entry.name):
                 try:

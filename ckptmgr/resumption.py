@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import DamagedError, NotFoundError
+from .errors import ConfigError, DamagedError, NotFoundError
 from .formats import open_format
+from .formats.safetensors_state import SafetensorsState
 from .manifest import CheckpointInfo, Manifest
 from .repository import Repository
 from .state import RngReport, match, materialize, restore_rng, unclaimed
+from .state.collector import uncollected
 from .state.snapshot import StoredState
 
 if TYPE_CHECKING:
@@ -64,7 +68,7 @@ class Reader:
 
     def restore_first(
         self,
-        candidates: Sequence[CheckpointInfo],
+        candidates: Iterable[CheckpointInfo],
         targets: Mapping[str, Any],
         strict: bool,
         skip: Sequence[str],
@@ -76,7 +80,8 @@ class Reader:
         skipped: list[Skipped] = []
         for info in candidates:
             try:
-                return info, self._restore(info, targets, strict, skip, map_location, tuple(skipped))
+                with uncollected():
+                    return info, self._restore(info, targets, strict, skip, map_location, tuple(skipped))
             except DamagedError as exc:
                 url = f"{self._repository.store.url}/{info.name}"
                 _log.warning("resume.skip.damaged step=%d url=%s cause=%s", info.step, url, exc)
@@ -125,9 +130,17 @@ class Reader:
         )
 
     def load(
-        self, info: CheckpointInfo, only: Sequence[str] | None, map_location: str | torch.device
+        self, info: CheckpointInfo, only: Sequence[str] | None, map_location: str | torch.device, mmap: bool = False
     ) -> dict[str, Any]:
-        """Entries as nested data. Raises `NotFoundError` for an entry that isn't there."""
+        """Entries as nested data. Raises `NotFoundError` for an entry that isn't there, and `ConfigError`
+        for a checkpoint that can't be mapped."""
+        with uncollected():
+            return self._load(info, only, map_location, mmap)
+
+    def _load(
+        self, info: CheckpointInfo, only: Sequence[str] | None, map_location: str | torch.device, mmap: bool
+    ) -> dict[str, Any]:
+        folder = self._mappable(info, map_location) if mmap else None
         _, stored = self._open(info)
         names = list(stored.entries) if only is None else list(only)
         if unknown := [name for name in names if name not in stored.entries]:
@@ -136,7 +149,23 @@ class Reader:
                 f"it has {', '.join(stored.entries)}"
             )
         objects = stored.objects if self._trust_pickle else None
-        return materialize(stored, names, stored.fetch, objects=objects, device=map_location)
+        if folder is None:
+            return materialize(stored, names, stored.fetch, objects=objects, device=map_location)
+        assert isinstance(stored, SafetensorsState)
+        return materialize(stored, names, partial(stored.map, folder), objects=objects)
+
+    def _mappable(self, info: CheckpointInfo, map_location: str | torch.device) -> Path:
+        """The checkpoint's folder. Raises `ConfigError` when its tensors can't be mappings of its files."""
+        root, problem = self._repository.store.path, None
+        if root is None:
+            problem = "is not on a disk of this machine"
+        elif info.manifest is not None and info.manifest.format != "safetensors":
+            problem = f"is of format {info.manifest.format}, and only safetensors can be mapped"
+        elif str(map_location) != "cpu":
+            problem = f"would be mapped into host memory, not to {map_location}"
+        if root is None or problem is not None:
+            raise ConfigError(f"mmap=True: {self._repository.store.url}/{info.name} {problem}; load it without mmap")
+        return root / info.name
 
     def _open(self, info: CheckpointInfo) -> tuple[Manifest, StoredState]:
         if info.damaged is not None or info.manifest is None:
@@ -146,9 +175,10 @@ class Reader:
         return info.manifest, open_format(info.manifest.format).open(source)
 
 
-def warn_if_unhealthy(info: CheckpointInfo, infos: Sequence[CheckpointInfo]) -> None:
+def warn_if_unhealthy(info: CheckpointInfo, infos: Iterable[CheckpointInfo]) -> None:
     """Say so when what was restored holds non-finite values, and where the last that doesn't is."""
     if info.manifest is not None and not info.manifest.healthy:
-        healthy = [i for i in infos if i.order < info.order and i.damaged is None and i.manifest and i.manifest.healthy]
-        way_out = f"; resume(step={healthy[0].step}) goes back to the last healthy one" if healthy else ""
+        sound = (other for other in infos if other.order < info.order and other.damaged is None)
+        healthy = next((other for other in sound if other.manifest and other.manifest.healthy), None)
+        way_out = f"; resume(step={healthy.step}) goes back to the last healthy one" if healthy else ""
         _log.warning("resume.unhealthy step=%d: it was saved with non-finite values%s", info.step, way_out)

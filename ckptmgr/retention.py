@@ -6,10 +6,10 @@ Pure: no I/O, no clock, no environment, no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from .errors import ConfigError
 from .manifest import CheckpointInfo, Manifest
@@ -108,11 +108,13 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What stays and what goes, newest first. `over_bytes` is by how much what stays exceeds the cap."""
+    """What stays and what goes, newest first. `over_bytes` is by how much what stays exceeds the cap;
+    `must` are those that have to be there before any other goes."""
 
     keep: tuple[Verdict, ...]
     drop: tuple[Verdict, ...]
     over_bytes: int = 0
+    must: tuple[CheckpointInfo, ...] = ()
 
     @property
     def freed(self) -> int:
@@ -138,9 +140,9 @@ def plan(
     least `min_good` good ones. Without rules all stay. `max_bytes` then drops what it must and may."""
     _check_count("min_good", min_good)
     ordered = sorted(infos, key=_age, reverse=True)
-    pinned = {info.name: why for info in ordered if (why := _pin(info, now))}
+    pinned = {info.name: why for info in ordered if info.pins and (why := _pin(info, now))}
     good = [info for info in ordered if not _is_damaged(info)]
-    superseded = {info.name: by for i, info in enumerate(good) if (by := _superseder(info, good[:i]))}
+    superseded = _superseded(good)
     rivals = [info for info in good if info.name not in superseded or info.name in pinned]
     must = _must_stay(good, rivals, min_good)
     evidence = max([min_good, *(rule.n for rule in rules if isinstance(rule, Last))])
@@ -167,11 +169,11 @@ def plan(
     best = {info.name for rule in rules if isinstance(rule, Best) for info, _ in rule.keeps(rivals, now)}
     weak = {info.name for info in ordered if _is_damaged(info) or not _is_healthy(info) or info.name in superseded}
     kept = [info for info in ordered if reasons[info.name]]
-    gone, over = _over_cap(
-        sorted(kept, key=lambda info: (info.name not in weak, info.name in best, _age(info))),
-        must | pinned.keys(),
-        max_bytes,
-    )
+
+    def turn(info: CheckpointInfo) -> tuple[object, ...]:
+        return info.name not in weak, info.name in best, _age(info)
+
+    gone, over = _over_cap(kept, turn, must | pinned.keys(), max_bytes)
 
     def lost(info: CheckpointInfo) -> str:
         if info.name in gone:
@@ -187,6 +189,7 @@ def plan(
         keep=tuple(Verdict(info, tuple(reasons[info.name])) for info in ordered if info.name in keeps),
         drop=tuple(Verdict(info, (lost(info),)) for info in ordered if info.name not in keeps),
         over_bytes=over,
+        must=tuple(info for info in ordered if info.name in must),
     )
 
 
@@ -199,23 +202,30 @@ def _must_stay(good: Sequence[CheckpointInfo], rivals: Sequence[CheckpointInfo],
     return {info.name for info in (*good[:1], *preferred[:min_good])}
 
 
-def _over_cap(infos: Sequence[CheckpointInfo], spared: Set[str], max_bytes: int | None) -> tuple[set[str], int]:
-    """Which of `infos` go, the first ones first, and how many bytes too many are left after that."""
+def _over_cap(
+    infos: Sequence[CheckpointInfo], turn: Callable[[CheckpointInfo], Any], spared: Set[str], max_bytes: int | None
+) -> tuple[set[str], int]:
+    """Which of `infos` go, those of the lowest `turn` first, and how many bytes too many are left after that."""
     gone: set[str] = set()
-    if max_bytes is None:
-        return gone, 0
-    over = sum(map(_size, infos)) - max_bytes
-    for info in infos:
+    over = 0 if max_bytes is None else sum(map(_size, infos)) - max_bytes
+    for info in sorted(infos, key=turn) if over > 0 else ():
         if over > 0 and info.name not in spared:
             gone.add(info.name)
             over -= _size(info)
     return gone, max(over, 0)
 
 
-def _superseder(info: CheckpointInfo, newer: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
-    """The newest later one of the same step; an unhealthy one does not supersede a healthy one."""
-    later = (other for other in newer if other.step == info.step)
-    return next((other for other in later if _is_healthy(other) or not _is_healthy(info)), None)
+def _superseded(newest_first: Iterable[CheckpointInfo]) -> dict[str, CheckpointInfo]:
+    """By name the newest later one of the same step; an unhealthy one does not supersede a healthy one."""
+    later: dict[int, list[CheckpointInfo]] = {}
+    found = {}
+    for info in newest_first:
+        others = later.setdefault(info.step, [])
+        by = next((other for other in others if _is_healthy(other) or not _is_healthy(info)), None)
+        if by is not None:
+            found[info.name] = by
+        others.append(info)
+    return found
 
 
 def _pin(info: CheckpointInfo, now: datetime) -> str | None:

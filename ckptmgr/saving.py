@@ -8,23 +8,26 @@ import operator
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 from . import __version__
+from .arena import Arena, Staged, staged_size
 from .background import Pending, Worker
 from .config import CheckpointConfig
 from .coordinator import Coordinator
 from .errors import AlreadyExistsError, ConfigError, FencedError, SaveFailedError
-from .formats import open_format
+from .formats import Plan, open_format
 from .manifest import CheckpointInfo, Manifest
 from .run import Run
-from .staging import stage
-from .state import capture, non_finite
-from .state.snapshot import Snapshot
+from .sharing import Sharing
+from .staging import Held, Live
+from .state import Recorder, non_finite
+from .state.snapshot import FlatSnapshot
 
 _log = logging.getLogger("ckptmgr.save")
 
@@ -50,16 +53,24 @@ class Saver:
     def __init__(self, run: Run, config: CheckpointConfig, ranks: Coordinator) -> None:
         self._run, self._config, self._ranks = run, config, ranks
         self._format = open_format(config.format, split_size_bytes=config.split_size)
+        self._recorder, self._arena = Recorder(), Arena(config.max_staging)
+        store, on_damage = run.repository.store, run.repository.mark_damaged
+        self._sharing = Sharing(store, on_damage) if config.share_unchanged else None
+        self._is_told = False  # that the state does not fit into memory a second time
         self._fingerprint = config.fingerprint()
 
     def start(self, objects: Mapping[str, Any], request: Request, worker: Worker, after: Callable[[], None]) -> Pending:
         """Capture and copy the state, then have the worker write it. Blocks until training may change
-        the state again; without `background` until the checkpoint is durable. `after` is called when it has ended."""
+        the state again; until the checkpoint is durable without `background`, or when the copy does not fit
+        into memory. `after` is called when it has ended."""
         began = time.monotonic()
-        snapshot = capture(objects, only=self._config.only)
-        healthy = self._is_healthy(snapshot, request)
-        if self._config.background:
-            snapshot = stage(snapshot)
+        flat = self._recorder.capture(objects, only=self._config.only)
+        healthy = self._is_healthy(flat, request)
+        plan = self._format.plan(flat)
+        copy = self._copy(plan, flat)
+        held: Held = copy or Live(plan.regions, flat)
+        if copy is not None:
+            flat = replace(flat, tensors=())  # the copy is what is written: nothing holds on to what training drops
         about = Manifest(
             step=request.step,
             run=self._run.name or "",
@@ -85,7 +96,7 @@ class Saver:
 
         def save() -> CheckpointInfo:
             try:
-                info = self._write(snapshot, about, request)
+                info = self._write(plan, flat, held, about, request)
             except Exception as exc:
                 # The caller hears of it at its next call; a script that makes none has this line.
                 _log.error("save.failed step=%d url=%s cause=%s", request.step, self._run.url, exc)
@@ -97,23 +108,59 @@ class Saver:
             )  # fmt: skip
             return info
 
-        return worker.submit(request.step, self._run.url, save, after)
+        return worker.submit(request.step, self._run.url, save, after, in_background=copy is not None)
 
-    def _is_healthy(self, snapshot: Snapshot, request: Request) -> bool:
+    def prepare(self, objects: Mapping[str, Any]) -> None:
+        """Plan the files of a state like this one, and make the memory for its copy. Blocks."""
+        plan = self._format.plan(self._recorder.capture(objects, only=self._config.only))
+        self.make_room(staged_size(plan.regions)).result()
+
+    def make_room(self, size: int) -> Future[None]:
+        """Make the memory for a copy of `size` bytes, in the background, where it is going to be used."""
+        wanted = size if self._config.background and self._arena.has_room(size) else 0
+        return self._arena.prepare(wanted)
+
+    def goes_on_from(self, info: CheckpointInfo) -> None:
+        """The next save may share files with this checkpoint."""
+        if self._sharing is not None:
+            self._sharing.offer(info)
+
+    def close(self) -> None:
+        """Give the memory back. No save may be in flight."""
+        self._arena.release()
+
+    def _copy(self, plan: Plan, flat: FlatSnapshot) -> Staged | None:
+        """The tensors copied into the arena; None when they are to be written from where they are."""
+        if not self._config.background:
+            return None
+        size = staged_size(plan.regions)
+        if self._arena.has_room(size):
+            return self._arena.hold(plan.regions, flat)
+        if not self._is_told:
+            self._is_told = True
+            limit = self._config.max_staging
+            why = "of memory are not free" if limit is None else f"are more than max_staging: {limit:,}"
+            _log.warning(
+                "save.synchronous bytes=%d: training waits for the whole save, as the %s bytes of a copy %s",
+                size, f"{size:,}", why,
+            )  # fmt: skip
+        return None
+
+    def _is_healthy(self, flat: FlatSnapshot, request: Request) -> bool:
         odd = [f"metric {name}" for name, value in request.metrics.items() if not math.isfinite(value)]
         if self._config.check_finite:
-            odd += non_finite(snapshot)
+            odd += non_finite(flat)
         if odd:
             more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
             _log.warning("save.unhealthy step=%d not finite: %s%s", request.step, ", ".join(odd[:5]), more)
         return not odd
 
-    def _write(self, snapshot: Snapshot, about: Manifest, request: Request) -> CheckpointInfo:
+    def _write(self, plan: Plan, flat: FlatSnapshot, held: Held, about: Manifest, request: Request) -> CheckpointInfo:
         repository = self._run.repository
         try:
             draft = repository.begin(request.step, request.epoch, about.run)
             try:
-                self._format.write(snapshot, draft)
+                plan.write(flat, held, draft if self._sharing is None else self._sharing.sink(draft))
                 info = draft.commit(about, self._config.verify.on_save, self._run.check, pin=request.pin)
             except BaseException:
                 draft.abort()
@@ -124,6 +171,7 @@ class Saver:
             raise SaveFailedError(
                 f"step {request.step} was not saved to {self._run.url}: {exc}; the checkpoints before it are untouched"
             ) from exc
+        self.goes_on_from(info)
         self._run.committed(info, replaces=request.overwrite)
         return info
 
@@ -162,3 +210,21 @@ def as_count(value: Any, name: str) -> int:
     if isinstance(value, bool) or count < 0:
         raise ConfigError(f"{name}={value!r}: {name} counts completed {name}s, a whole number of at least 0")
     return count
+
+
+def expected_bytes(objects: Mapping[str, Any]) -> int:
+    """About how many bytes the tensors of modules and optimizers will have once training has begun."""
+    total = 0
+    for value in objects.values():
+        if isinstance(value, torch.nn.Module):
+            total += sum(tensor.nbytes for tensor in (*value.parameters(), *value.buffers()) if not _is_lazy(tensor))
+        elif isinstance(value, torch.optim.Optimizer):
+            for group in value.param_groups:
+                # Adam and its kin keep two or three numbers per parameter, momentum one.
+                count = 2 + bool(group.get("amsgrad")) if "betas" in group else int(bool(group.get("momentum")))
+                total += count * sum(p.nbytes for p in group["params"] if p.requires_grad and not _is_lazy(p))
+    return total
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or torch.nn.parameter.is_lazy(tensor)

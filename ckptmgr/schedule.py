@@ -14,16 +14,16 @@ from .triggers import AnyOf, Decision, Horizon, Moment
 
 
 class _Alert:
-    """A flag that anyone may raise, in a signal handler too. It knows nobody, so that whoever holds
-    it to raise it keeps no schedule, and no manager, alive."""
+    """The step up to which calls are quiet, which anyone may take back, in a signal handler too. It knows
+    nobody, so that whoever holds it to call it keeps no schedule, and no manager, alive."""
 
-    __slots__ = ("raised",)
+    __slots__ = ("quiet_step",)
 
     def __init__(self) -> None:
-        self.raised = False
+        self.quiet_step = -math.inf
 
     def __call__(self) -> None:
-        self.raised = True
+        self.quiet_step = -math.inf
 
 
 class Schedule:
@@ -35,7 +35,6 @@ class Schedule:
         self._requests: list[str] = []
         self.alert = _Alert()
         self.last_step, self._last_epoch, self._last_time = 0, 0, clock()
-        self._quiet_step = self._quiet_epoch = self._quiet_time = -math.inf
         self._look_ahead()
 
     def request(self, reason: str) -> None:
@@ -46,10 +45,9 @@ class Schedule:
     def is_quiet(self, step: int, epoch: int | None) -> bool:
         """Whether no save can be due and nothing else needs attention: the loop's fast path."""
         return (
-            self.last_step <= step < self._quiet_step
-            and not self.alert.raised
-            and self._clock() < self._quiet_time
+            self.last_step <= step < self.alert.quiet_step
             and (epoch is None or epoch < self._quiet_epoch)
+            and (self._quiet_time is None or self._clock() < self._quiet_time)
         )
 
     def decide(self, step: int, epoch: int | None, metrics: Mapping[str, float]) -> Decision:
@@ -68,7 +66,7 @@ class Schedule:
 
     def calm(self) -> None:
         """Back to the fast path. Whoever calls it looks afterwards at whatever may have alerted."""
-        self.alert.raised = False  # first: what comes in between raises it again
+        self.alert.quiet_step = self._quiet_step  # first: what comes in between takes it back again
         if self.is_asked:
             self.alert()
 
@@ -79,15 +77,16 @@ class Schedule:
 
     def saved(self, step: int, epoch: int | None) -> None:
         """A save of this step was begun, or its state restored: clocks and multiples go on from here."""
-        self.alert.raised = False  # first, as above
-        self._signals.take()
-        self._requests.clear()
         self.last_step, self._last_time = step, self._clock()
         self._last_epoch = self._last_epoch if epoch is None else epoch
-        self._look_ahead()
+        self._look_ahead()  # first, as above
+        self._signals.take()
+        self._requests.clear()
 
     def _look_ahead(self) -> None:
         now = Moment(self.last_step, self._last_epoch, last_step=self.last_step, last_epoch=self._last_epoch)
         horizon: Horizon = self._rule.horizon(now)
         self._quiet_step, self._quiet_epoch = horizon.step, horizon.epoch
-        self._quiet_time = self._last_time + horizon.elapsed
+        # Without a rule that asks for the time, the clock need not be looked at.
+        self._quiet_time = None if horizon.elapsed == math.inf else self._last_time + horizon.elapsed
+        self.alert.quiet_step = self._quiet_step

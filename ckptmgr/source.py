@@ -5,16 +5,17 @@ Every byte handed out was covered by a digest of the manifest first, unless the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-import xxhash
-
-from .errors import DamagedError, NotFoundError
-from .manifest import MANIFEST_NAME, PIECE_SIZE, FileEntry, Manifest, digest
+from .errors import DamagedError
+from .manifest import MANIFEST_NAME, PIECE_SIZE, FileEntry, Manifest
+from .memory import address, buffer, move
 from .ranged import RangedFile
+from .scatter import Wanted, damages, scatter
 from .store import Store
+from .transfer import Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Source:
     """The files of one checkpoint, under the names that its format gave them.
 
     `level` is `off` (trust everything), `size` (sizes were compared) or `fast` (digests of the
-    bytes being read). Safe to use from one thread at a time.
+    bytes being read). Safe from any thread; a file that it opened, from one at a time.
     """
 
     def __init__(self, store: Store, folder: str, manifest: Manifest, level: str = "fast") -> None:
@@ -40,6 +41,7 @@ class Source:
         self._folder = folder
         self._manifest = manifest
         self._digests = level in ("fast", "full")
+        self._is_remote = store.path is None
         # In manifest mode data lies one level down, under the attempt's nonce.
         self.files: Mapping[str, FileEntry] = {f.name.removeprefix(f"{manifest.nonce}/"): f for f in manifest.files}
 
@@ -52,81 +54,91 @@ class Source:
         if level == "off":
             return []
         sizes = {entry.key: entry.size for entry in self._store.list(self._folder, recursive=True)}
-        found = []
+        found, whole = {}, []
         for name, file in self.files.items():
             size = sizes.get(f"{self._folder}/{file.name}")
             if size is None:
-                found.append(Problem(name, "missing"))
+                found[name] = Problem(name, "missing")
             elif size != file.size:
-                found.append(Problem(name, f"has {size:,} bytes, not the {file.size:,} of the manifest"))
+                found[name] = Problem(name, f"has {size:,} bytes, not the {file.size:,} of the manifest")
             elif level != "size":
-                try:
-                    self._check_whole(file)
-                except DamagedError as exc:
-                    found.append(Problem(name, str(exc)))
-        return found
+                whole.append(file)
+        damaged = self._damages(whole)
+        found |= {name: Problem(name, str(damaged[f.name])) for name, f in self.files.items() if f.name in damaged}
+        return [found[name] for name in self.files if name in found]
 
-    def _check_whole(self, file: FileEntry) -> None:
-        """Every piece against its digest, and all of them against the file's."""
-        whole = xxhash.xxh3_128()
-        for index in range(max(1, -(-file.size // PIECE_SIZE))):
-            whole.update(self.piece(file, index))
-        if whole.hexdigest() != file.digest:
-            raise DamagedError(f"{self.where}/{file.name}: its digest is not the one in the manifest")
+    def check(self, file: FileEntry) -> None:
+        """Read a file of the manifest whole. Raises `DamagedError` when it is not what was written."""
+        for damage in self._damages([file]).values():
+            raise damage
 
-    def piece(self, file: FileEntry, index: int) -> bytes:
-        """The index-th `PIECE_SIZE` bytes of a file, checked."""
-        start = index * PIECE_SIZE
-        size = min(PIECE_SIZE, file.size - start)
+    def _damages(self, files: Iterable[FileEntry]) -> dict[str, DamagedError]:
+        return damages([self._wanted(file, None) for file in files], is_remote=self._is_remote)
+
+    def _wanted(self, file: FileEntry, segments: Sequence[Segment] | None) -> Wanted:
         key = f"{self._folder}/{file.name}"
-        expected = file.pieces[index] if index < len(file.pieces) else file.digest
-        # A network can garble a body that the store holds intact: look twice before calling it damage.
-        for _ in range(1 if self._store.path is not None else 2):
-            try:
-                data = self._store.get(key, start, start + size)
-            except NotFoundError as exc:
-                raise DamagedError(f"{self.where}/{file.name} is missing") from exc
-            if len(data) == size and (not self._digests or digest(data) == expected):
-                return data
-        what = f"holds {start + len(data):,} of {file.size:,} bytes" if len(data) != size else "is not what was written"
-        raise DamagedError(f"{self.where}/{file.name} {what} (bytes {start:,} to {start + size:,})")
+        return Wanted(file, f"{self.where}/{file.name}", lambda: self._store.reader(key), segments)
+
+    def scatter(self, segments: Mapping[str, Sequence[Segment]]) -> None:
+        """Read segments of files to where they go; see `formats.FileSource`. Raises `DamagedError`."""
+        wanted = [self._wanted(self._file(name), each) for name, each in segments.items()]
+        scatter(wanted, digests=self._digests, is_remote=self._is_remote)
 
     def read(self, name: str) -> bytes:
         """A file whole, in memory. Raises `DamagedError`."""
-        with self.open(name) as file:
-            return file.read()
+        data = bytearray(self._file(name).size)
+        self.scatter({name: [(0, len(data), address(memoryview(data)))]})
+        return bytes(data)
 
     def open(self, name: str) -> BinaryIO:
         """A seekable file; blocks to fetch a piece at a time. Raises `DamagedError`."""
+        return cast(BinaryIO, _CheckedFile(self, name, self._file(name).size))
+
+    def _file(self, name: str) -> FileEntry:
         file = self.files.get(name)
         if file is None:
             raise DamagedError(f"{self.where}/{MANIFEST_NAME} lists no file {name!r}")
-        return cast(BinaryIO, _CheckedFile(self, file))
+        return file
 
 
 class _CheckedFile(RangedFile):
-    """A file that holds its last two pieces in memory (torch.load reads end and front)."""
+    """A file that holds the piece that was read last in memory."""
 
-    def __init__(self, source: Source, file: FileEntry) -> None:
-        super().__init__(file.size)
-        self._source, self._file = source, file
-        self._pieces: dict[int, bytes] = {}
+    def __init__(self, source: Source, name: str, size: int) -> None:
+        super().__init__(size)
+        self._source, self._name = source, name
+        self._held: memoryview | None = None
+        self._index = -1  # of the piece that is held
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, data: Any) -> int:
         """Fills the buffer up to the file's end."""
-        view = memoryview(buffer).cast("B")
+        view = memoryview(data).cast("B")[: max(0, self._size - self._position)]
         done = 0
-        while done < len(view) and self._position < self._size:
+        while done < len(view):
             index, inside = divmod(self._position, PIECE_SIZE)
-            part = memoryview(self._piece(index))[inside : inside + len(view) - done]
-            view[done : done + len(part)] = part
-            done += len(part)
-            self._position += len(part)
+            rest = view[done:]
+            whole = len(rest) if self._position + len(rest) == self._size else len(rest) // PIECE_SIZE * PIECE_SIZE
+            if inside == 0 and whole:  # straight to its place
+                self._read(self._position, rest[:whole])
+                count = whole
+            else:
+                part = self._piece(index)[inside : inside + len(rest)]
+                move(address(rest), address(part), len(part))
+                count = len(part)
+            done += count
+            self._position += count
         return done
 
-    def _piece(self, index: int) -> bytes:
-        if index not in self._pieces:
-            while len(self._pieces) > 1:
-                self._pieces.pop(next(iter(self._pieces)))
-            self._pieces[index] = self._source.piece(self._file, index)
-        return self._pieces[index]
+    def _piece(self, index: int) -> memoryview:
+        begin = index * PIECE_SIZE
+        size = min(PIECE_SIZE, self._size - begin)
+        if self._held is None:
+            self._held = buffer(min(PIECE_SIZE, self._size))
+        if index != self._index:
+            self._index = -1
+            self._read(begin, self._held[:size])
+            self._index = index
+        return self._held[:size]
+
+    def _read(self, begin: int, view: memoryview) -> None:
+        self._source.scatter({self._name: [(begin, begin + len(view), address(view))]})

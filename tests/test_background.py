@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 
@@ -16,13 +17,13 @@ def info(step: int) -> CheckpointInfo:
 
 
 def test_a_pending_follows_its_save_from_running_to_committed() -> None:
-    worker, gate, ended = Worker(background=True), threading.Event(), threading.Event()
+    worker, gate, ended = Worker(), threading.Event(), threading.Event()
 
     def save() -> CheckpointInfo:
         gate.wait()
         return info(3)
 
-    pending = worker.submit(3, "root", save, ended.set)
+    pending = worker.submit(3, "root", save, ended.set, in_background=True)
     assert (pending.done(), pending.step, pending.url, pending.error, pending.take_error()) == (
         False, 3, None, None, None,
     )  # fmt: skip
@@ -39,12 +40,12 @@ def test_a_pending_follows_its_save_from_running_to_committed() -> None:
 
 @pytest.mark.parametrize("background", [True, False])
 def test_a_failure_is_raised_once(background: bool) -> None:
-    worker = Worker(background=background)
+    worker = Worker()
 
     def save() -> CheckpointInfo:
         raise SaveFailedError("step 3 was not saved")
 
-    pending = worker.submit(3, "root", save, lambda: None)
+    pending = worker.submit(3, "root", save, lambda: None, in_background=background)
     with pytest.raises(SaveFailedError, match="step 3"):
         pending.wait()
     pending.wait()
@@ -57,20 +58,22 @@ def test_a_failure_is_raised_once(background: bool) -> None:
 
 def test_without_a_background_the_save_has_ended_when_submit_returns() -> None:
     ended: list[int] = []
-    pending = Worker(background=False).submit(1, "root", lambda: info(1), lambda: ended.append(1))
+    pending = Worker().submit(1, "root", lambda: info(1), lambda: ended.append(1), in_background=False)
     assert isinstance(pending, Pending)
     assert pending.done()
     assert ended == [1]
 
 
 def test_saves_run_one_at_a_time_in_order() -> None:
-    worker, order = Worker(background=True), list[int]()
+    worker, order = Worker(), list[int]()
 
     def save(step: int) -> CheckpointInfo:
         order.append(step)
         return info(step)
 
-    pendings = [worker.submit(step, "root", lambda step=step: save(step), lambda: None) for step in range(20)]  # type: ignore[misc]
+    pendings = [
+        worker.submit(step, "root", partial(save, step), lambda: None, in_background=True) for step in range(20)
+    ]
     for pending in pendings:
         pending.wait()
     assert order == list(range(20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 import threading
 import warnings
@@ -22,7 +23,7 @@ from ckptmgr.errors import ConfigError, SaveFailedError
 from ckptmgr.state import PickleWarning, capture, non_finite
 from ckptmgr.state.codec import decode
 from ckptmgr.state.names import clean_names, pair, parameter_names
-from ckptmgr.state.snapshot import Snapshot
+from ckptmgr.state.snapshot import Snapshot, flatten
 
 # torch warns of itself: of its own imports, and of its sparse tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Sparse CSR", "ignore:'set_vital'")
@@ -275,6 +276,16 @@ def test_a_cycle_is_refused_by_name() -> None:
         capture({"loop": loop})
 
 
+@pytest.mark.parametrize(
+    "last", [1 << 63, -(1 << 63) - 1, True, 1.0, float("nan"), float("inf"), "\ud800", "ä", None, ()]
+)
+@pytest.mark.parametrize("others", [[1, 2], [1.0, 2.0], ["a", "b"], [None, False], []])
+def test_one_odd_item_in_a_long_list_is_kept_as_it_is(others: list[Any], last: Any) -> None:
+    for value in ([*others, last], (last, *others)):
+        tree = capture({"e": value}).entries["e"]
+        assert repr(decode(json.loads(json.dumps(tree, allow_nan=False)))) == repr(value)
+
+
 # What has no plain form
 
 
@@ -338,8 +349,8 @@ def test_tensors_that_are_not_finite_are_named() -> None:
         "parameter": nn.Parameter(torch.tensor([nan])),
     }
     odd = ["nan", "inf", "minus", "bf16", "fp8", "complex", "sparse", "csr", "parameter"]
-    assert non_finite(Snapshot({"m": tree})) == [f"m.{name}" for name in odd]
-    assert non_finite(Snapshot({"n": 1})) == []
+    assert non_finite(flatten(Snapshot({"m": tree}))) == [f"m.{name}" for name in odd]
+    assert non_finite(flatten(Snapshot({"n": 1}))) == []
 
 
 def test_an_ordered_state_dict_is_captured_under_its_keys() -> None:

@@ -655,7 +655,7 @@ def test_a_configuration_gives_names_and_pointer(tmp_path: Path) -> None:
 
 def test_every_error_is_one_message_and_an_exit_code(repository: Repository, url: str, tmp_path: Path) -> None:
     manifest = Path(url) / "step-00000300/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
+    manifest.write_text(manifest.read_text().replace('"format_version": 2', '"format_version": 99'))
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/.ckptmgr").symlink_to(url)
     (tmp_path / "linked/step-00000001").mkdir()

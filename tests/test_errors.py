@@ -142,8 +142,8 @@ def test_bucket_missing(s3_moto: Any) -> None:
 def test_newer_format(tmp_path: Path) -> None:
     save(tmp_path, model=body())
     path = tmp_path / "step-00000300" / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 7'))
-    with pytest.raises(FormatVersionError, match=r"step-00000300.*format version 7.*reads up to 1.*newer ckptmgr"):
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 7'))
+    with pytest.raises(FormatVersionError, match=r"step-00000300.*format version 7.*reads up to 2.*newer ckptmgr"):
         manager(tmp_path).resume(body())
 
 

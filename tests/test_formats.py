@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from ckptmgr.formats import open_format, safetensors_file, targets
 from ckptmgr.formats.safetensors_file import SafetensorsFormat
 from ckptmgr.formats.state_file import file_stems, load_torch
 from ckptmgr.formats.torch_file import TorchFormat
-from ckptmgr.state.snapshot import Snapshot
-from ckptmgr.testing.format_cases import CASES, every_shape, leaves, same
+from ckptmgr.state.snapshot import Snapshot, StoredTensor
+from ckptmgr.testing.format_cases import CASES, leaves, same
 from ckptmgr.testing.format_contract import FormatContract, fetch_all, stored_tensors, written
 from ckptmgr.testing.memory_files import MemoryFiles
 
@@ -216,26 +217,26 @@ def test_only_the_files_of_wanted_tensors_are_opened() -> None:
     assert files.opened == ["state.json", "b.safetensors"]
 
 
-def test_scattered_targets_are_filled_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However small the host memory in between, every element arrives at its place."""
-    state = SAFETENSORS.open(written(SAFETENSORS, every_shape()))
-    expected = every_shape().entries["model"]
-    for size in (1, 8, 50, 100, 1000):
-        monkeypatch.setattr(targets, "_BOUNCE_SIZE", size)
+@pytest.mark.parametrize("case", ["every shape", "every dtype"])
+def test_scattered_targets_are_filled_wherever_the_bytes_are_cut(case: str) -> None:
+    """However few bytes come at a time, within an element too, every element arrives at its place."""
+    files = written(SAFETENSORS, CASES[case]())
+    state = SAFETENSORS.open(files)
+    expected = CASES[case]().entries["model"]
+    for files.chunk in (1, 5, 8, 50, 1000):
         wanted = {
-            stored: torch.empty(*stored.shape, 2, dtype=stored.dtype).select(-1, 0)
-            for stored in stored_tensors(state)
-            if stored.shape
+            stored: torch.empty(*stored.shape, 2, dtype=stored.dtype).select(-1, 0) for stored in stored_tensors(state)
         }
         state.fetch(wanted)
-        back = {name: wanted[stored] for name, stored in state.entries["model"].items() if stored.shape}
-        assert all(same(tensor, expected[name]) for name, tensor in back.items())
+        assert all(same(wanted[stored], expected[name]) for name, stored in state.entries["model"].items())
 
 
-def test_a_conjugated_target_gets_the_values_that_it_shows() -> None:
+@pytest.mark.parametrize("chunk", [3, 16])
+def test_a_conjugated_target_gets_the_values_that_it_shows(chunk: int) -> None:
     """Its memory holds other numbers than it stands for."""
     tensor = torch.tensor([1 + 2j, 3 - 4j])
-    state = SAFETENSORS.open(written(SAFETENSORS, Snapshot({"m": tensor})))
+    files = written(SAFETENSORS, Snapshot({"m": tensor}))
+    state, files.chunk = SAFETENSORS.open(files), chunk
     target = torch.zeros(2, dtype=torch.complex64).conj()
     state.fetch({state.entries["m"]: target})
     assert target.tolist() == tensor.tolist()
@@ -292,6 +293,52 @@ def test_a_row_that_can_not_be_true_is_damage(row: Any) -> None:
     """No memory is taken and no byte read for a tensor that can't be where its row says."""
     with pytest.raises(DamagedError):
         SAFETENSORS.open(forge(row))
+
+
+@pytest.mark.parametrize("shape", [[1, 6], [1, 6.0], [True, 6]])
+def test_a_shape_is_checked_though_an_equal_one_was_seen_before(shape: list[Any]) -> None:
+    """Python takes true, 1 and 1.0 for equal; no tensor has the last two shapes."""
+    files = written(SAFETENSORS, Snapshot({"m": [torch.arange(6.0).view(1, 6), torch.zeros(1, 6)]}))
+    body = json.loads(files.data["state.json"])
+    body["tensors"][1][3] = shape
+    files.data["state.json"] = json.dumps(body).encode()
+    files.seal()
+    if shape == [1, 6] and type(shape[0]) is type(shape[1]) is int:
+        assert [tensor.shape for tensor in leaves(fetch_all(SAFETENSORS.open(files)))] == [(1, 6), (1, 6)]
+    else:
+        with pytest.raises(DamagedError):
+            SAFETENSORS.open(files)
+
+
+def test_tensors_that_lie_in_the_same_bytes_are_each_read() -> None:
+    """Ours never do, but another program may save space so."""
+    files = written(SAFETENSORS, Snapshot({"m": [torch.arange(float(i), float(i) + 4) for i in range(4)]}))
+    body = json.loads(files.data["state.json"])
+    begin = body["tensors"][0][4]
+    for row, (start, end) in zip(body["tensors"], [(0, 16), (8, 24), (0, 16), (16, 32)], strict=True):
+        row[4:6] = begin + start, begin + end
+    files.data["state.json"] = json.dumps(body).encode()
+    files.seal()
+    back = [tensor.tolist() for tensor in leaves(fetch_all(SAFETENSORS.open(files)))]
+    assert back == [[0, 1, 2, 3], [2, 3, 1, 2], [0, 1, 2, 3], [1, 2, 3, 4]]
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="has no huge pages")
+def test_large_new_tensors_lie_in_huge_pages() -> None:
+    """A page fault for each 4 KiB takes longer than to read what comes there."""
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("huge pages are switched off")
+    stored = StoredTensor((4 << 20,), torch.float32, None)
+    (tensor,) = targets.fresh([stored], "cpu").values()
+    tensor.zero_()
+    sizes = {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            begin, end = (int(place, 16) for place in line.split()[0].split("-"))
+        elif line.startswith("AnonHugePages:"):
+            sizes[begin, end] = int(line.split()[1]) << 10
+    middle = tensor.data_ptr() + tensor.nbytes // 2
+    assert [size >= tensor.nbytes // 2 for (begin, end), size in sizes.items() if begin <= middle < end] == [True]
 
 
 @pytest.mark.parametrize("leaf", [1, -1, True, "0", None, [0], {}])

@@ -1,20 +1,25 @@
-"""A checkpoint written with on-disk format version 1 opens for ever.
+"""A checkpoint written with an earlier on-disk format version opens for ever.
 
-`tests/data/format-1` was written by `write` below, once; it is never written again. A later format
-version adds a folder of its own beside it.
+Each `tests/data/format-N` was written by `write` below, once, by the first version of ckptmgr that wrote
+this format; it is never written again. A later format version adds a folder of its own beside it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from ckptmgr import CheckpointManager
+from ckptmgr.manifest import Manifest
+from ckptmgr.repository import Repository
+from ckptmgr.store.local import LocalStore
 
-GOLDEN = Path(__file__).parent / "data" / "format-1"
+GOLDEN = Path(__file__).parent / "data"
 
 
 def state() -> dict[str, Any]:
@@ -39,16 +44,37 @@ def write(root: Path) -> None:
         with CheckpointManager(str(root), format=format, background=False, run="golden") as mgr:
             mgr.resume()
             mgr.save(state(), step, epoch=0, metrics={"loss": 0.25}, tags=[f"as-{format}"])
+    share(Repository(LocalStore(root)))
 
 
-def test_a_checkpoint_of_format_version_1_opens() -> None:
-    with CheckpointManager(str(GOLDEN), read_only=True) as mgr:
-        assert mgr.all_steps() == [1, 2]
-        for step, tag in ((1, "as-safetensors"), (2, "as-torch")):
+def share(repository: Repository) -> None:
+    """A third checkpoint, whose model is the first one's file."""
+    first = repository.find(1)
+    assert first.manifest is not None
+    files = repository.open(first)
+    draft = repository.begin(3, 0, "golden")
+    for name, entry in files.files.items():
+        if name == "model.safetensors":
+            assert draft.link(name, f"{first.name}/{entry.name}", entry)
+        else:
+            with draft.create(name) as file:
+                file.write(files.read(name))
+    draft.commit(dataclasses.replace(first.manifest, step=3, tags=("as-shared",)))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_checkpoint_of_every_format_version_opens(version: int) -> None:
+    with CheckpointManager(str(GOLDEN / f"format-{version}"), read_only=True) as mgr:
+        assert mgr.all_steps() == [1, 2] if version == 1 else [1, 2, 3]
+        for step, tag in ((1, "as-safetensors"), (2, "as-torch"), (3, "as-shared"))[: 2 if version == 1 else 3]:
             assert mgr.verify(step) == []
             info = mgr.info(tag)
             assert info.manifest is not None
+            assert info.manifest.version == version
             assert (info.step, info.manifest.epoch, info.manifest.metrics) == (step, 0, {"loss": 0.25})
+            assert [file.name for file in info.manifest.files if file.shared] == (
+                ["model.safetensors"] if step == 3 else []
+            )
             loaded, expected = mgr.load(step), state()
             assert loaded["model"]["embed.weight"] is loaded["model"]["head.weight"]
             for entry in ("model", "tensors"):
@@ -62,6 +88,14 @@ def test_a_checkpoint_of_format_version_1_opens() -> None:
             assert loaded["optimizer"] == expected["optimizer"]
             assert repr(loaded["plain"]) == repr(expected["plain"])
         assert mgr.resume().rng.restored != ()
+
+
+def test_a_manifest_is_written_again_as_it_was_read() -> None:
+    """An archived checkpoint of an earlier version stays one of that version."""
+    for path in sorted(GOLDEN.glob("format-*/*/manifest.json")):
+        manifest = Manifest.from_json(path.read_bytes())
+        assert Manifest.from_json(manifest.to_json()) == manifest
+        assert manifest.to_json() == path.read_bytes()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,27 @@ PACKAGE = Path(__file__).parent.parent / "ckptmgr"
 
 LAYERS = [
     {"errors"},
-    {"manifest", "quantities", "retention", "triggers"},
-    {"config", "coordinator", "request_file", "signals", "staging", "state", "store"},
-    {"background", "draft", "formats", "lock", "pins", "ranged", "records", "repository", "schedule", "source"},
+    {"manifest", "quantities", "retention", "rotation", "triggers"},
+    {"arena", "config", "coordinator", "memory", "priority", "request_file", "signals", "staging", "state", "store"},
+    {
+        "background",
+        "draft",
+        "formats",
+        "listing",
+        "lock",
+        "pins",
+        "ranged",
+        "records",
+        "repository",
+        "scatter",
+        "schedule",
+        "sharing",
+        "source",
+        "transfer",
+    },
     {"catalog", "direct", "resumption", "run", "saving", "weights"},
     {"manager"},
+    {"bench"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -91,7 +107,8 @@ def test_the_pure_modules_import_nothing_that_acts(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["", ".cli", ".config", ".repository", ".retention", ".triggers", ".manifest", ".store", ".run", ".lock"]
+    "module",
+    ["", ".bench", ".cli", ".config", ".repository", ".retention", ".triggers", ".manifest", ".store", ".run", ".lock"],
 )
 def test_torch_stays_out_of_what_lists_and_verifies(module: str) -> None:
     code = f"import sys, ckptmgr{module}; sys.exit('torch' in sys.modules)"

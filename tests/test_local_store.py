@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ckptmgr.errors import AlreadyExistsError, ConfigError, NotFoundError, StoreError
-from ckptmgr.store import mounts, open_store
+from ckptmgr.store import DRAFTS, Entry, mounts, open_store
 from ckptmgr.store.disk import explain
 from ckptmgr.store.local import LocalStore, local_path
 
@@ -157,6 +157,22 @@ def test_a_rename_follows_on_everything_below_being_durable(store: LocalStore, c
         "fsync root",
         "fsync root/drafts",
     ]
+
+
+def test_a_drafts_names_are_made_durable_once_before_it_is_renamed(store: LocalStore, calls: list[str]) -> None:
+    store.put(f"{DRAFTS}/noted", b"")
+    calls.clear()
+    for key in ("a", "b/c"):
+        store.put(f"{DRAFTS}/x/{key}", b"1")
+    x = f"root/{DRAFTS}/x"
+    bytes_only = [f"mkdir {x}", f"fsync {x}/TEMP", f"replace {x}/TEMP {x}/a"]
+    assert calls == [*bytes_only, f"mkdir {x}/b", f"fsync {x}/b/TEMP", f"replace {x}/b/TEMP {x}/b/c"]
+    calls.clear()
+    store.rename(f"{DRAFTS}/x", "step-1")
+    assert calls == [f"fsync {x}/b", f"fsync {x}", f"rename {x} root/step-1", "fsync root", f"fsync root/{DRAFTS}"]
+    calls.clear()
+    store.put(f"{DRAFTS}/noted-too", b"")
+    assert calls[-1] == f"fsync root/{DRAFTS}"
 
 
 def test_a_deletion_is_durable_in_the_folder_that_stays(store: LocalStore, calls: list[str], root: Path) -> None:
@@ -405,6 +421,74 @@ def test_a_rename_makes_the_parents_of_its_target(store: LocalStore) -> None:
     assert store.get("trash/deep/x/a") == b"1"
 
 
+# Copies are links
+
+
+def test_a_copy_is_one_file_under_two_names_and_durable(store: LocalStore, root: Path, calls: list[str]) -> None:
+    store.put("a/key", b"1")
+    calls.clear()
+    assert store.copy("a/key", "b/copy")
+    assert calls == ["mkdir root/b", "fsync root", "link root/a/key root/b/copy", "fsync root/b"]
+    assert (root / "a/key").samefile(root / "b/copy")
+    LocalStore(root, fsync=False).copy("a/key", "b/other")
+    assert calls[4:] == ["mkdir root/b", "link root/a/key root/b/other"]
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK])
+def test_where_no_link_can_be_made_there_is_no_copy_and_nothing_is_left(
+    store: LocalStore, root: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refused(source: object, target: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    store.put("key", b"1")
+    monkeypatch.setattr(os, "link", refused)
+    assert not store.copy("key", "deep/er/copy")
+    assert _everything(root) == ["key"]
+
+
+def test_a_copy_that_fails_is_an_error(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(source: object, target: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    store.put("key", b"1")
+    monkeypatch.setattr(os, "link", fails)
+    with pytest.raises(StoreError, match="can't copy"):
+        store.copy("key", "copy")
+
+
+def test_a_copy_whose_answer_was_lost_counts(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.link
+
+    def twice(source: str, target: str) -> None:
+        real(source, target)
+        real(source, target)
+
+    store.put("key", b"1")
+    monkeypatch.setattr(os, "link", twice)
+    assert store.copy("key", "copy")
+    monkeypatch.undo()
+    with pytest.raises(AlreadyExistsError):  # this time, it was there before
+        store.copy("key", "copy")
+
+
+def test_a_copy_makes_a_folder_that_another_process_removed_again(root: Path) -> None:
+    one, other = LocalStore(root), LocalStore(root)
+    one.put("key", b"1")
+    one.put("a/b/x", b"1")
+    other.delete(["a/b/x"])
+    assert one.copy("key", "a/b/copy")
+    assert other.get("a/b/copy") == b"1"
+
+
+def test_stat_of_a_folder_lists_nothing(store: LocalStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("a/key", b"1")
+    (root / "empty").mkdir()
+    monkeypatch.setattr(os, "scandir", None)
+    assert store.stat("a/") == Entry("a", is_folder=True)
+    assert store.stat("empty/") == Entry("empty", is_folder=True)
+
+
 def test_nfs_leftovers_do_not_fail_a_deletion(store: LocalStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS keeps a file that some process has open under a new name."""
     real = os.unlink
@@ -452,6 +536,10 @@ def test_a_linked_folder_is_not_followed(store: LocalStore, root: Path, outside:
         lambda: store.put("a/link/new", b""),
         lambda: store.writer("link/new"),
         lambda: store.stat("link/secret"),
+        lambda: store.stat("link/"),
+        lambda: store.reader("link/secret"),
+        lambda: store.copy("link/secret", "copy"),
+        lambda: store.copy("a/key", "link/copy"),
         lambda: store.list("link"),
         lambda: store.delete(["link/secret"]),
         lambda: store.delete(["link/"]),
@@ -471,8 +559,9 @@ def test_links_are_no_files_of_the_store(store: LocalStore, root: Path, outside:
     assert [entry.key for entry in store.list(recursive=True)] == ["a/key"]
     assert [entry.key for entry in store.list()] == ["a"]
     assert store.stat("file") is None
-    with pytest.raises(StoreError, match="symbolic link"):
-        store.get("file")
+    for call in (lambda: store.get("file"), lambda: store.reader("file"), lambda: store.copy("file", "copy")):
+        with pytest.raises(StoreError, match="symbolic link"):
+            call()
 
 
 def test_writing_and_deleting_replace_the_link_itself(store: LocalStore, root: Path, outside: Path) -> None:
@@ -514,8 +603,9 @@ def test_the_root_itself_may_be_a_link(tmp_path: Path, outside: Path) -> None:
 def test_a_planted_fifo_is_refused_instead_of_waited_for(store: LocalStore, root: Path) -> None:
     root.mkdir()
     os.mkfifo(root / "key")
-    with pytest.raises(StoreError, match="not a regular file"):
-        store.get("key")
+    for call in (lambda: store.get("key"), lambda: store.reader("key"), lambda: store.copy("key", "copy")):
+        with pytest.raises(StoreError, match="not a regular file"):
+            call()
     assert (store.list(), store.stat("key")) == ([], None)
     with pytest.raises(NotFoundError):
         store.get("key/below")

@@ -222,10 +222,10 @@ class FullStore(MemoryStore):
 
     full = True
 
-    def writer(self, key: str) -> Any:
+    def writer(self, key: str, size: int | None = None) -> Any:
         if self.full:
             raise StoreError(f"no space left for {key}", errno=28)
-        return super().writer(key)
+        return super().writer(key, size)
 
 
 def test_a_save_in_the_foreground_raises_what_it_failed_with(open_manager: Callable[..., CheckpointManager]) -> None:

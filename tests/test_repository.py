@@ -19,7 +19,7 @@ from ckptmgr.errors import (
     NotFoundError,
     StoreError,
 )
-from ckptmgr.manifest import PIECE_SIZE, CheckpointInfo, Manifest, NameTemplate, guessed_step
+from ckptmgr.manifest import PIECE_SIZE, CheckpointInfo, FileEntry, Manifest, NameTemplate, digest, guessed_step
 from ckptmgr.repository import Repository
 from ckptmgr.store import Store
 from ckptmgr.store.local import LocalStore
@@ -168,6 +168,141 @@ def test_pieces_have_digests_of_their_own(repository: Repository, monkeypatch: p
     assert PIECE_SIZE == 64 << 20
 
 
+class _Body:
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self._data = memoryview(data)
+
+    def part(self, begin: int, end: int, scratch: memoryview) -> memoryview:
+        return self._data[begin:end]
+
+
+def test_whole_files_are_written_as_those_that_come_bit_by_bit(repository: Repository) -> None:
+    draft = repository.begin(1, None, "run")
+    with draft.create("ranks/a.bin") as file:
+        file.write(b"abc")
+    draft.write({"a.bin": _Body(b"abc"), "empty.bin": _Body(b"")})
+    info = draft.commit(about(1))
+    opened = repository.open(info)
+    assert [opened.read(name) for name in ("ranks/a.bin", "a.bin", "empty.bin")] == [b"abc", b"abc", b""]
+    assert opened.files["a.bin"].digest == opened.files["ranks/a.bin"].digest == digest(b"abc")
+    assert repository.verify(info) == []
+
+
+def test_a_whole_file_takes_no_name_twice_and_none_that_leads_out(repository: Repository) -> None:
+    draft = repository.begin(3, None, "run")
+    draft.write({"a.bin": _Body(b"a")})
+    for name, error in (("a.bin", AlreadyExistsError), ("manifest.json", AlreadyExistsError), ("../x", DamagedError)):
+        with pytest.raises(error):
+            draft.write({"b.bin": _Body(b"b"), name: _Body(b"x")})
+        with pytest.raises(error):
+            draft.link(name, "x", FileEntry("x", 1, ""))
+    info = draft.commit(about(3))
+    assert info.manifest is not None
+    assert [file.size for file in info.manifest.files] == [1]
+
+
+def linked(repository: Repository, info: CheckpointInfo, step: int) -> CheckpointInfo:
+    """A checkpoint that shares a.bin with another one, and has a b.bin of its own."""
+    draft = repository.begin(step, None, "run")
+    entry = repository.open(info).files["a.bin"]
+    assert draft.link("a.bin", f"{info.name}/{entry.name}", entry)
+    draft.write({"b.bin": _Body(b"own")})
+    return draft.commit(about(step))
+
+
+def test_a_shared_file_is_one_of_the_checkpoint_like_any_other(repository: Repository) -> None:
+    """It is marked and not counted as written, and goes with the last of those that share it."""
+    first = commit(repository, 1, {"a.bin": b"shared"})
+    second = linked(repository, first, 2)
+    third = linked(repository, second, 3)
+    assert [info.manifest and (info.manifest.size, info.manifest.written) for info in (first, second, third)] == [
+        (6, 6),
+        (9, 3),
+        (9, 3),
+    ]
+    assert [file.shared for file in repository.open(second).files.values()] == [True, False]
+    repository.drop(first)
+    repository.drop(second)
+    assert repository.infos() == [third]
+    assert repository.verify(third) == []
+    assert repository.open(third).read("a.bin") == b"shared"
+
+
+def test_on_a_disk_a_shared_file_takes_no_space(tmp_path: Path) -> None:
+    repository = Repository(LocalStore(tmp_path, fsync=False))
+    first = commit(repository, 1)
+    second = linked(repository, first, 2)
+    assert (tmp_path / first.name / "a.bin").samefile(tmp_path / second.name / "a.bin")
+
+
+def test_a_store_that_can_not_share_says_so_and_nothing_is_done() -> None:
+    class Plain(MemoryStore):
+        def copy(self, source: str, target: str) -> bool:
+            return False
+
+    repository = Repository(Plain())
+    entry = repository.open(commit(repository, 1)).files["a.bin"]
+    draft = repository.begin(2, None, "run")
+    assert not draft.link("a.bin", "step-00000001/a.bin", entry)
+    draft.write({"a.bin": _Body(b"new")})
+    assert repository.open(draft.commit(about(2))).read("a.bin") == b"new"
+
+
+@pytest.mark.parametrize("change", ["cut", "remove"])
+def test_a_file_that_changed_is_not_shared(repository: Repository, change: str) -> None:
+    info = commit(repository, 1)
+    entry = repository.open(info).files["a.bin"]
+    key = f"{info.name}/{entry.name}"
+    if change == "cut":
+        repository.store.put(key, b"a")
+    else:
+        repository.store.delete([key])
+    draft = repository.begin(2, None, "run")
+    before = keys(repository.store)
+    with pytest.raises(DamagedError if change == "cut" else NotFoundError, match=r"a\.bin"):
+        draft.link("a.bin", key, entry)
+    assert keys(repository.store) == before
+
+
+def _of_version_1(data: bytes) -> Manifest:
+    """A checkpoint with a file of two pieces, whose digest is that of all its bytes."""
+    pieces = tuple(digest(data[at : at + PIECE_SIZE]) for at in (0, PIECE_SIZE))
+    return dataclasses.replace(about(1), version=1, files=(FileEntry("a.bin", len(data), digest(data), pieces),))
+
+
+def test_large_files_of_format_version_1_are_read_checked_archived_and_shared(store: Store) -> None:
+    """Every promise holds for them, by the digests of their pieces."""
+    data = bytes(PIECE_SIZE) + b"tail"
+    manifest = dataclasses.replace(_of_version_1(data), nonce="0" * 16)
+    store.put("step-00000001/a.bin", data)
+    store.put("step-00000001/manifest.json", manifest.to_json())
+    repository = Repository(store)
+    (info,) = repository.infos()
+    assert (info.manifest, repository.verify(info)) == (manifest, [])
+    new = linked(repository, info, 2)
+    assert repository.verify(new) == []
+    assert new.manifest is not None
+    assert Manifest.from_json(new.manifest.to_json()) == new.manifest
+    repository.archive(info)
+    assert [aside.manifest for aside in repository.archived()] == [manifest]
+    store.put("step-00000001/a.bin", data[:-1] + b"?")
+    assert [problem.file for problem in repository.verify(info)] == ["a.bin"]
+
+
+def test_digests_that_contradict_each_other_are_a_damaged_manifest() -> None:
+    good = FileEntry.of("a.bin", PIECE_SIZE + 1, [bytes(16), bytes(16)])
+    assert Manifest.from_json(dataclasses.replace(about(1), files=(good,)).to_json()).files == (good,)
+    for bad, what in (
+        (dataclasses.replace(good, digest=digest(b"")), "not that of its pieces"),
+        (dataclasses.replace(good, pieces=good.pieces[:1]), "1 digests for the 2 pieces"),
+        (dataclasses.replace(good, size=PIECE_SIZE), "2 digests for the 1 pieces"),
+        (dataclasses.replace(good, pieces=("?", "?")), "does not parse"),
+    ):
+        with pytest.raises(DamagedError, match=what):
+            Manifest.from_json(dataclasses.replace(about(1), files=(bad,)).to_json())
+
+
 @pytest.mark.parametrize("change", ["flip", "cut", "extend", "remove", "empty"])
 def test_any_change_to_a_file_is_found(repository: Repository, change: str) -> None:
     info = commit(repository, 3)
@@ -181,6 +316,17 @@ def test_any_change_to_a_file_is_found(repository: Repository, change: str) -> N
     assert [problem.file for problem in repository.verify(info)] == ["a.bin"]
     with pytest.raises(DamagedError, match=r"a\.bin"):
         repository.open(info).read("a.bin")
+
+
+def test_one_file_can_be_checked_by_itself(repository: Repository) -> None:
+    info = commit(repository, 3)
+    source = repository.open(info)
+    repository.store.put(f"{info.name}/{source.files['a.bin'].name}", b"a2")
+    source.check(source.files["ranks/b.bin"])
+    with pytest.raises(DamagedError, match=r"a\.bin is not what was written \(bytes 0 to 2\)"):
+        source.check(source.files["a.bin"])
+    with pytest.raises(DamagedError, match=r"manifest\.json lists no file 'c\.bin'"):
+        source.scatter({"c.bin": []})
 
 
 def test_sizes_alone_find_a_cut_but_not_a_flip(repository: Repository) -> None:
@@ -353,7 +499,7 @@ def test_a_step_is_guessed_from_the_last_number_of_a_folder(name: str, step: int
 def test_a_newer_format_is_an_error_that_names_both(repository: Repository) -> None:
     commit(repository, 1)
     repository.store.put("step-00000002/manifest.json", b'{"format_version": 99}')
-    with pytest.raises(FormatVersionError, match=r"step-00000002: .* version 99; this ckptmgr reads up to 1\."):
+    with pytest.raises(FormatVersionError, match=r"step-00000002: .* version 99; this ckptmgr reads up to 2\."):
         repository.infos()
 
 

@@ -67,7 +67,8 @@ class Stored:
                 continue
             assert (target.dtype, tuple(target.shape)) == (stored.dtype, stored.shape)
             self.placed.append(stored)
-            result[stored] = target.copy_(value)
+            with torch.no_grad():
+                result[stored] = target.copy_(value)
         return result
 
     def objects(self) -> dict[str, Any]:

@@ -325,8 +325,8 @@ def test_a_store_that_is_down_is_not_mistaken_for_damage_or_for_nothing() -> Non
 
 def test_a_newer_format_stops_the_resume(root: Path) -> None:
     (root / "step-00000009").mkdir()
-    (root / "step-00000009" / "manifest.json").write_text('{"format_version": 2}')
-    with pytest.raises(FormatVersionError, match="version 2; this ckptmgr reads up to 1"):
+    (root / "step-00000009" / "manifest.json").write_text('{"format_version": 99}')
+    with pytest.raises(FormatVersionError, match="version 99; this ckptmgr reads up to 2"):
         manager(root).resume(network())
 
 

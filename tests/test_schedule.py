@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
+import sys
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptmgr import schedule as schedule_module
 from ckptmgr.schedule import Schedule
 from ckptmgr.signals import SignalWatch
 from ckptmgr.triggers import AnyOf, AtSteps, Every, EveryEpochs, EverySteps, OnRequest, OnSignals, Trigger, When
@@ -73,6 +79,59 @@ def test_a_request_and_an_alert_break_the_silence_once() -> None:
     assert not schedule.is_quiet(2, None)
     schedule.calm()
     assert schedule.is_quiet(3, None)
+
+
+@pytest.mark.parametrize("act", ["calm", "saved", "decide"])
+def test_a_request_that_comes_at_any_line_of_the_schedule_is_answered_or_noticed_at_the_next_call(act: str) -> None:
+    lines = 0
+    for line in itertools.count(1):
+        schedule = Schedule(AnyOf((EverySteps(100), OnRequest())), SignalWatch(()), Clock())
+        schedule.alert()
+        steps: dict[str, Callable[[], object]] = {
+            "calm": schedule.calm,
+            "saved": lambda: schedule.saved(7, None),  # noqa: B023 - called before the next turn
+            "decide": lambda: schedule.decide(7, None, {}),  # noqa: B023
+        }
+        seen = 0
+
+        def trace(frame: Any, event: str, _: Any) -> Any:
+            nonlocal seen
+            if event == "line" and frame.f_code.co_filename == schedule_module.__file__:
+                seen += 1
+                if seen == line:  # noqa: B023
+                    sys.settrace(None)
+                    schedule.request("now")  # noqa: B023
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            steps[act]()
+        finally:
+            sys.settrace(before)
+        if seen < line:
+            break
+        lines += 1
+        assert not (schedule.is_asked and schedule.is_quiet(8, None))
+    assert lines > 2
+
+
+def test_the_clock_is_looked_at_only_where_a_rule_asks_for_the_time() -> None:
+    class Counting(Clock):
+        asked = 0
+
+        def __call__(self) -> float:
+            self.asked += 1
+            return self.now
+
+    looks = []
+    for rules in ((EverySteps(100), EveryEpochs(5)), (EverySteps(100), Every(timedelta(hours=1)))):
+        clock = Counting()
+        schedule = Schedule(AnyOf(rules), SignalWatch(()), clock)
+        clock.asked = 0
+        assert all(schedule.is_quiet(step, 0) for step in range(1, 50))
+        looks.append(clock.asked)
+    assert looks == [0, 49]
 
 
 def test_a_signal_makes_a_save_due_and_is_taken_by_it() -> None:

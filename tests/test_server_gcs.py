@@ -187,6 +187,24 @@ def test_gcs_copies_moves_and_deletes_one_or_many(gcs_server, gcs):
         fs.rm_file(f"{gcs.url}/copy")
 
 
+def test_gcs_rewrites_as_much_at_a_time_as_it_is_told_to(gcs_server, gcs, monkeypatch):
+    fs, content = filesystem(gcs), os.urandom(10)
+    fs.pipe_file(f"{gcs.url}/key", content)
+    monkeypatch.setattr(gcs_server, "rewritten_at_once", 4)
+    path, answers, token = f"/storage/v1/b/{gcs.name}/o/key/rewriteTo/b/{gcs.name}/o/copy", [], ""
+    for _ in range(3):
+        assert not fs.exists(f"{gcs.url}/copy")
+        answers.append(json.loads(ask(gcs_server.url, "POST", path + token)[1]))
+        token = f"?rewriteToken={answers[-1].get('rewriteToken')}"
+    assert [(answer["done"], answer["totalBytesRewritten"]) for answer in answers] == [
+        (False, "4"),
+        (False, "8"),
+        (True, "10"),
+    ]
+    fs.cp_file(f"{gcs.url}/key", f"{gcs.url}/other")
+    assert fs.cat_file(f"{gcs.url}/copy") == fs.cat_file(f"{gcs.url}/other") == content
+
+
 def test_gcs_makes_lists_and_removes_buckets(gcs):
     fs = filesystem(gcs)
     fs.mkdir(f"{gcs.name}-2")

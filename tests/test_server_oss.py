@@ -214,6 +214,23 @@ def test_oss_copies_and_deletes_many_at_once(oss):
     assert _code(lambda: bucket.batch_delete_objects([str(n) for n in range(1001)])) == (400, "MalformedXML")
 
 
+def test_oss_copies_ranges_into_the_parts_of_an_upload(oss):
+    bucket, content = _oss_bucket(oss), os.urandom(300 * 1024)
+    bucket.put_object("a/ä <x>.bin", content)
+    upload, parts = bucket.init_multipart_upload("whole").upload_id, []
+    for number, span in enumerate([(0, 100 * 1024 - 1), (100 * 1024, None)], 1):
+        part = bucket.upload_part_copy(oss.name, "a/ä <x>.bin", span, "whole", upload, number)
+        part.resp.read()
+        parts.append(oss2.models.PartInfo(number, part.etag))
+    for span in ((0, 300 * 1024), (300 * 1024, None)):
+        copy = lambda: bucket.upload_part_copy(oss.name, "a/ä <x>.bin", span, "whole", upload, 3)  # noqa: B023, E731
+        assert _code(copy) == (416, "InvalidRange")
+    missing = lambda: bucket.upload_part_copy(oss.name, "missing", (0, 1), "whole", upload, 3)  # noqa: E731
+    assert _code(missing) == (404, "NoSuchKey")
+    bucket.complete_multipart_upload("whole", upload, parts).resp.read()
+    assert bucket.get_object("whole").read() == content
+
+
 def test_oss_refuses_bytes_that_do_not_fit_their_md5(oss):
     bucket = _oss_bucket(oss)
     wrong = base64.b64encode(hashlib.md5(b"other").digest()).decode()

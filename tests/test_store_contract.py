@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,15 @@ class TestLocalWithoutFsync(StoreContract):
         return LocalStore(tmp_path / "root", fsync=False)
 
 
+class TestLocalInMemory(StoreContract):
+    @pytest.fixture
+    def store(self) -> Iterator[Store]:
+        if not os.access("/dev/shm", os.W_OK):
+            pytest.skip("this system has no /dev/shm")
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            yield LocalStore(Path(folder, "root"))
+
+
 class TestMemory(StoreContract):
     shares = False
 
@@ -45,6 +57,8 @@ class TestMemoryWithoutRename(StoreContract):
 class TestFsspecMemory(StoreContract):
     conditional_create = False
     shares = False
+    can_place = False
+    can_copy = False
 
     @pytest.fixture
     def store(self) -> Store:
@@ -52,6 +66,7 @@ class TestFsspecMemory(StoreContract):
 
 
 class TestS3(StoreContract):
+    can_place = False
     many = 10  # pages are listed in test_remote_store.py, where it is faster
 
     @pytest.fixture
@@ -61,6 +76,7 @@ class TestS3(StoreContract):
 
 @pytest.mark.server
 class TestSeaweed(StoreContract):
+    can_place = False
     many = 10
 
     @pytest.fixture
@@ -69,18 +85,24 @@ class TestSeaweed(StoreContract):
 
 
 class TestGcs(StoreContract):
+    can_place = False
+
     @pytest.fixture
     def store(self, gcs: Bucket) -> Store:
         return open_store(f"{gcs.url}/runs", gcs.options)
 
 
 class TestGcsAtTheBucketsRoot(StoreContract):
+    can_place = False
+
     @pytest.fixture
     def store(self, gcs: Bucket) -> Store:
         return open_store(gcs.url.replace("gs://", "gcs://"), gcs.options)
 
 
 class TestOss(StoreContract):
+    can_place = False
+
     @pytest.fixture
     def store(self, oss: Bucket) -> Store:
         return open_store(f"{oss.url}/runs", oss.options)

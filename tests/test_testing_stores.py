@@ -19,7 +19,11 @@ _EFFECTS = [
     ("writer", "draft/b"),
     ("write", "draft/b"),
     ("commit", "draft/b"),
+    ("writer", "draft/d"),
+    ("write_at", "draft/d"),
+    ("commit", "draft/d"),
     ("rename", "draft"),
+    ("copy", "e"),
     ("delete", "a"),
     ("delete", "c"),
 ]
@@ -31,9 +35,18 @@ def _work(store: CrashingStore) -> None:
     writer = store.writer("draft/b")
     writer.write(b"2")
     writer.commit()
+    writer = store.writer("draft/d", 1)
+    assert writer.is_positional
+    writer.write_at(0, b"4")
+    writer.commit()
     assert store.stat("draft/b") is not None
     store.rename("draft", "done")
-    assert [entry.key for entry in store.list(recursive=True)] == ["a", "done/b"]
+    assert store.copy("done/d", "e")
+    assert [entry.key for entry in store.list(recursive=True)] == ["a", "done/b", "done/d", "e"]
+    reader, buffer = store.reader("done/d"), bytearray(2)
+    assert reader.is_cached(0, 1)
+    assert (reader.read_into(0, [buffer]), buffer) == (1, b"4\0")
+    reader.close()
     store.delete(["a", "c"])
     assert store.get("done/b") == b"2"
 
@@ -52,30 +65,46 @@ def test_the_crash_comes_at_its_effect_and_nothing_follows(after: int, when: str
     with pytest.raises(Crash, match=f"{when} {_EFFECTS[after - 1][0]} {_EFFECTS[after - 1][1]}"):
         _work(store)
     done = after if when == "after" else after - 1
-    states = [[], ["a"], ["a"], ["a"], ["a", "draft/b"], ["a", "done/b"], ["done/b"], ["done/b"]]
-    assert sorted(memory.objects) == states[done]
+    drafts, whole = ["a", "draft/b"], ["done/b", "done/d"]
+    states = [[], *[["a"]] * 3, *[drafts] * 3, [*drafts, "draft/d"], ["a", *whole], ["a", *whole, "e"], [*whole, "e"]]
+    expected = [*states, states[-1]][done]
+    assert sorted(memory.objects) == expected
     for call in (
         lambda: store.get("a"),
         lambda: store.stat("a"),
         lambda: store.list(),
         lambda: store.put("x", b""),
+        lambda: store.reader("a"),
         lambda: store.writer("x"),
+        lambda: store.copy("a", "x"),
         lambda: store.delete(["a"]),
         lambda: store.delete([]),
         lambda: store.rename("done", "x"),
     ):
         with pytest.raises(Crash, match="dead"):
             call()
-    assert (store.count, sorted(memory.objects)) == (after, states[done])
+    assert (store.count, sorted(memory.objects)) == (after, expected)
 
 
 def test_a_dead_process_ends_no_writer() -> None:
     store = CrashingStore(MemoryStore(), after=3)
     writer = store.writer("x")
     writer.write(b"1")
-    for call in (lambda: writer.write(b"2"), writer.commit, writer.abort):
+    for call in (lambda: writer.write(b"2"), lambda: writer.write_at(0, b"2"), writer.commit, writer.abort):
         with pytest.raises(Crash):
             call()
+
+
+def test_a_dead_process_reads_no_more() -> None:
+    store = CrashingStore(MemoryStore(), after=2)
+    store.put("x", b"1")
+    reader = store.reader("x")
+    with pytest.raises(Crash):
+        store.put("y", b"2")
+    for call in (lambda: reader.read_into(0, [bytearray(1)]), lambda: reader.is_cached(0, 1)):
+        with pytest.raises(Crash, match="dead"):
+            call()
+    reader.close()
 
 
 def test_no_handler_of_errors_sees_a_crash() -> None:
@@ -101,6 +130,11 @@ def test_a_gate_holds_every_effect_until_it_is_set() -> None:
         writer.write(b"3")
         writer.commit()
         slow.writer("never").abort()
+        writer = slow.writer("d", 1)
+        assert writer.is_positional
+        writer.write_at(0, b"4")
+        writer.commit()
+        assert slow.copy("d", "e")
         slow.rename("draft", "done")
         slow.delete(["b"])
 
@@ -109,18 +143,24 @@ def test_a_gate_holds_every_effect_until_it_is_set() -> None:
         assert slow.waiting.wait(60)
         assert [entry.key for entry in slow.list(recursive=True)] == ["draft/a"]
         assert slow.get("draft/a") == b"1"
+        assert slow.reader("draft/a").read_into(0, [bytearray(1)]) == 1
         assert slow.stat("b") is None
         gate.set()
         working.result(60)
-    assert sorted(memory.objects) == ["c", "done/a"]
+    assert sorted(memory.objects) == ["c", "d", "done/a", "e"]
     assert (slow.url, slow.path, slow.can_rename) == (memory.url, None, True)
 
 
 def test_a_delay_is_slept(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr("time.sleep", slept.append)
-    SlowStore(MemoryStore(), delay_s=1.5).put("a", b"")
-    assert slept == [1.5]
+    slow = SlowStore(MemoryStore(), delay_s=1.5)
+    slow.put("a", b"")
+    slow.copy("a", "b")
+    writer = slow.writer("c", 1)
+    writer.write_at(0, b"1")
+    writer.commit()
+    assert slept == [1.5] * 4
 
 
 def test_a_pickled_memory_store_goes_its_own_way() -> None:

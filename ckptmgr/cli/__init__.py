@@ -1,6 +1,6 @@
 """What can be asked of a root from the shell? The command `ckptmgr`.
 
-Looking, verifying, pinning and deleting; nothing here imports torch, and what only some commands
+Looking, verifying, pinning, deleting and measuring; nothing here imports torch, and what only some commands
 need (pydantic, fsspec, rich) is imported where they need it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
+from .benchmark import bench
 from .configuration import config
 from .deletion import prune, rm
 from .failures import GuardedGroup
@@ -48,5 +49,5 @@ def main() -> None:
     """
 
 
-for _command in (ls, show, latest, verify, prune, pin, unpin, rm, config):
+for _command in (ls, show, latest, verify, prune, pin, unpin, rm, config, bench):
     main.add_command(_command)

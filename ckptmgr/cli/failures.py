@@ -63,10 +63,15 @@ class GuardedGroup(click.Group):
 def _fail(ctx: click.Context, message: str, code: int) -> NoReturn:
     if ctx.meta.get(_DEBUG):
         message = f"{traceback.format_exc()}\n{message}"
-    for secret in ctx.meta.get(_SECRETS, ()):
-        message = message.replace(secret, "***")
-    click.echo(f"ckptmgr: {message}", err=True)
+    click.echo(f"ckptmgr: {without_secrets(message)}", err=True)
     ctx.exit(code)
+
+
+def without_secrets(message: str) -> str:
+    """Text of another library, fit to be shown."""
+    for secret in click.get_current_context().meta.get(_SECRETS, ()):
+        message = message.replace(secret, "***")
+    return message
 
 
 def debug_option(function: Any) -> Any:

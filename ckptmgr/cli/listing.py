@@ -98,7 +98,10 @@ def _show_json(url: str, info: CheckpointInfo, problems: list[Problem], entries:
             "nonce": info.manifest.nonce,
             "config": info.manifest.config,
             "versions": dict(info.manifest.versions),
-            "files": [{"name": f.name, "size": f.size, "digest": f.digest} for f in info.manifest.files],
+            "written": info.manifest.written,
+            "files": [
+                {"name": f.name, "size": f.size, "digest": f.digest, "shared": f.shared} for f in info.manifest.files
+            ],
         }
     if entries is not None:
         more["entries"] = [{"name": e.name, "tensors": e.tensors, "size": e.size} for e in entries]
@@ -126,6 +129,7 @@ def _show_text(url: str, info: CheckpointInfo, problems: list[Problem], entries:
             ("metrics", " ".join(f"{name}={value:g}" for name, value in manifest.metrics.items())),
             ("time", f"{manifest.time.isoformat()} ({age_of(info, now)})"),
             ("size", f"{size_text(manifest.size)} ({manifest.size:,} bytes)"),
+            ("shared", size_text(shared) if (shared := manifest.size - manifest.written) else None),
             ("run", f"{manifest.run}, attempt {manifest.attempt}"),
             ("parent", manifest.parent),
             ("format", manifest.format),
@@ -146,7 +150,8 @@ def _show_text(url: str, info: CheckpointInfo, problems: list[Problem], entries:
         print_table(("entry", "tensors", "size"), rows, right=("tensors", "size"))
     if manifest is not None and manifest.files:
         click.echo()
-        print_table(("file", "size"), [(file.name, size_text(file.size)) for file in manifest.files], right=("size",))
+        files = [(file.name, size_text(file.size), "shared" if file.shared else "") for file in manifest.files]
+        print_table(("file", "size", ""), files, right=("size",))
 
 
 @click.command(epilog='\b\nExample:\n  aws s3 sync "$(ckptmgr latest s3://bucket/runs/digits)" best/')

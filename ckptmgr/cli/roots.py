@@ -42,11 +42,17 @@ class Root:
         keep_secret(config.root, config.storage.options)
         return config
 
+    @property
+    def address(self) -> tuple[str, dict[str, Any]]:
+        """The root's URL with all that it carries, and its storage options: for use, never for show."""
+        if self.config is None:
+            return self._source, self._options
+        return self.config.root, dict(self.config.storage.options)
+
     @functools.cached_property
     def store(self) -> Store:
-        if self.config is None:
-            return open_store(self._source, self._options)
-        return open_store(self.config.root, self.config.storage.options, fsync=self.config.fsync)
+        url, options = self.address
+        return open_store(url, options, fsync=self.config is None or self.config.fsync)
 
     @functools.cached_property
     def repository(self) -> Repository:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from ..manifest import MANIFEST_NAME, CheckpointInfo
 from ..repository import Repository
 from ..source import Problem
-from ..store import Store
+from ..store import Reader, Store
 from .failures import DAMAGED
 from .roots import Root, root_command
 from .tables import count_text, plain, print_json, size_of, size_text
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +113,26 @@ class _Metered:
     def __init__(self, store: Store, advance: Callable[[int], None]) -> None:
         self._store, self._advance = store, advance
 
-    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        data = self._store.get(key, start, end)
-        self._advance(len(data))
-        return data
+    def reader(self, key: str) -> Reader:
+        return cast(Reader, _MeteredReader(self._store.reader(key), self._advance))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
+
+
+class _MeteredReader:
+    """An open file that counts what is read of it."""
+
+    def __init__(self, reader: Reader, advance: Callable[[int], None]) -> None:
+        self._reader, self._advance = reader, advance
+
+    def read_into(self, start: int, buffers: Sequence[Buffer]) -> int:
+        count = self._reader.read_into(start, buffers)
+        self._advance(count)
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
 
 
 @contextmanager

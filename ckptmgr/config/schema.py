@@ -166,6 +166,10 @@ class CheckpointConfig(_Section):
     """Save only these entries of the state; all of them when absent."""
     background: bool = True
     """Write while training goes on; training waits only for a memory copy."""
+    max_staging: Size | None = None
+    """The most host memory for that copy; a state that needs more is saved while training waits. None: what is free."""
+    share_unchanged: bool = True
+    """Link or copy files whose bytes are those of the checkpoint before (frozen weights) instead of writing them."""
     when_busy: Literal["wait", "skip"] = "wait"
     """What a due save does while the one before is still being written: wait or skip."""
     overwrite: bool = False

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from ..errors import FormatVersionError
 from ..manifest import FileEntry
-from ..state.snapshot import Snapshot, StoredState
+from ..staging import Held, Live, Region
+from ..state.snapshot import FlatSnapshot, Snapshot, StoredState, flatten
+from ..transfer import Body, Segment
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -29,6 +31,9 @@ class FileSink(Protocol):
     def create(self, name: str) -> AbstractContextManager[SinkFile]:
         """A new file; complete when the block ends, gone when the block raises."""
 
+    def write(self, bodies: Mapping[str, Body]) -> None:
+        """Whole files by name, as fast as the store takes them; complete at return. Blocks."""
+
 
 class FileSource(Protocol):
     """Where a format finds its files: an opened checkpoint."""
@@ -44,6 +49,23 @@ class FileSource(Protocol):
         """A seekable file with `read` and `readinto`; every byte it gives is digest-checked first.
         Raises `DamagedError`."""
 
+    def scatter(self, segments: Mapping[str, Sequence[Segment]]) -> None:
+        """Read segments of files, in order of their begin and without overlap, straight to where they
+        go, digest-checked in the same pass: targets may be half filled when it raises `DamagedError`.
+        Blocks; several threads read, in bounded memory."""
+
+
+class Plan(Protocol):
+    """How states of one shape become files, known before a byte is moved."""
+
+    @property
+    def regions(self) -> Mapping[str, Region]:
+        """Where tensors lie in runs of bytes: what is to be held when `write` is called."""
+
+    def write(self, flat: FlatSnapshot, held: Held, sink: FileSink) -> None:
+        """Write every file; `flat` has the plan's shape, and `held` its tensors. Blocks. Raises what
+        the sink raises."""
+
 
 class Format(Protocol):
     """Snapshot <-> files. Says nothing of manifests, digests or stores."""
@@ -51,10 +73,22 @@ class Format(Protocol):
     @property
     def name(self) -> str: ...
 
-    def write(self, snapshot: Snapshot, sink: FileSink) -> None: ...
+    def plan(self, flat: FlatSnapshot) -> Plan:
+        """The plan for a snapshot; the last one again for a snapshot of the same `shape`. Moves nothing.
+        Raises `StateMismatchError` for a meta tensor."""
+
+    def write(self, snapshot: Snapshot, sink: FileSink) -> None:
+        """Plan a snapshot and write it from where its tensors are."""
 
     def open(self, source: FileSource) -> StoredState:
         """Read everything but the tensors' bytes. Raises `DamagedError` for what does not parse."""
+
+
+def write_live(format: Format, snapshot: Snapshot, sink: FileSink) -> None:
+    """What `Format.write` does."""
+    flat = flatten(snapshot)
+    plan = format.plan(flat)
+    plan.write(flat, Live(plan.regions, flat), sink)
 
 
 def open_format(name: str, *, split_size_bytes: int | None = None) -> Format:

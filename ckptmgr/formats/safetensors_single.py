@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, BinaryIO
 
 import torch
 
 from ..errors import ConfigError, DamagedError, StateMismatchError
-from ..staging import compact, host_tensor, is_special, memory
+from ..staging import Gathered, Region, compact, is_special
+from ..state.snapshot import FlatSnapshot
+from ..transfer import Segment
 from .safetensors_layout import (
     MAX_HEADER_SIZE,
     NATIVE,
@@ -30,13 +32,15 @@ _FIRST_READ = 64 << 10  # bytes; most headers are smaller, and come with the len
 Index = int | slice | EllipsisType | None | list[int] | torch.Tensor
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], file: BinaryIO, metadata: Mapping[str, str] | None) -> None:
-    """Write a whole file. Raises `ConfigError`, before the first byte, for what a file can't hold."""
+def body(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> Gathered:
+    """A whole file, to be written while the tensors stay as they are.
+
+    Raises `ConfigError` for what a file can't hold."""
     layout = _plan(tensors, metadata)
-    file.write(layout.header)
-    for placed in layout.tensors:
-        host = host_tensor(tensors[placed.key])
-        file.write(memory(host))
+    placed = layout.tensors
+    size = placed[-1].end if placed else len(layout.header)
+    region = Region(size, range(len(placed)), [each.begin for each in placed], layout.header)
+    return Gathered(region, FlatSnapshot({}, [tensors[each.key] for each in placed], {}, None, None, None))
 
 
 def _plan(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> Layout:
@@ -137,9 +141,14 @@ class SafetensorsReader:
         placed = self._placed(key)
         return self._tensor(placed, placed.begin, placed.torch_shape)
 
-    def get_tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors by key, read in the order of the file."""
-        return {key: self.get_tensor(key) for key in self._header.tensors}
+    def get_tensors(self, scatter: Callable[[Sequence[Segment]], None] | None = None) -> dict[str, torch.Tensor]:
+        """All tensors by key, in the order of the file; with `scatter` that reads those that go to host memory."""
+        if scatter is None or torch.device(self._device).type != "cpu":
+            return {key: self.get_tensor(key) for key in self._header.tensors}
+        places = self._header.tensors.values()
+        tensors = {placed.key: torch.empty(placed.torch_shape, dtype=placed.dtype) for placed in places}
+        scatter([(placed.begin, placed.end, tensors[placed.key].data_ptr()) for placed in places])
+        return tensors
 
     def get_slice(self, key: str) -> TensorSlice:
         """A tensor to take parts of by indexing; nothing is read yet."""

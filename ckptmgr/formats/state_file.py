@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
 import torch
 
 from ..errors import CheckpointError, DamagedError, FormatVersionError
 from ..state.codec import from_json, to_json
-from ..state.snapshot import Snapshot, StoredTensor, Tree, map_leaves
-from . import FileSink, FileSource, SinkFile
+from ..state.snapshot import FlatSnapshot, StoredTensor, Tree, map_leaves
+from . import FileSource, SinkFile
+from .json_texts import JsonTexts
 
 STATE_NAME = "state.json"
 OBJECTS_NAME = "objects.pt"
@@ -47,20 +48,26 @@ def _percent(match: re.Match[str]) -> str:
     return "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass"))
 
 
-def write_state(sink: FileSink, format_name: str, snapshot: Snapshot, body: Mapping[str, Any]) -> None:
-    """Write `state.json` with what the format adds in `body`, and the files of objects and generators."""
-    if snapshot.objects is not None:
-        with sink.create(OBJECTS_NAME) as file:
-            file.write(snapshot.objects)
-    if snapshot.rng is not None:
-        _write_json(sink, RNG_NAME, {"format_version": VERSION, "rng": to_json(snapshot.rng)})
-    _write_json(sink, STATE_NAME, {"format_version": VERSION, "format": format_name, "notes": snapshot.notes, **body})
+def state_bodies(texts: JsonTexts, format_name: str, flat: FlatSnapshot, body: Mapping[str, Any]) -> dict[str, Whole]:
+    """`state.json` with what the format adds in `body`, and the files of objects and generators."""
+    bodies = {} if flat.objects is None else {OBJECTS_NAME: Whole(flat.objects)}
+    if flat.rng is not None:
+        rng = json.dumps({"format_version": VERSION, "rng": to_json(flat.rng)}, separators=(",", ":"), allow_nan=False)
+        bodies[RNG_NAME] = Whole(f"{rng}\n".encode())
+    state = {"format_version": VERSION, "format": format_name, "notes": flat.notes, **body}
+    bodies[STATE_NAME] = Whole(texts.dump(state))
+    return bodies
 
 
-def _write_json(sink: FileSink, name: str, body: Mapping[str, Any]) -> None:
-    text = json.dumps(body, separators=(",", ":"), allow_nan=False) + "\n"
-    with sink.create(name) as file:
-        file.write(text.encode())
+class Whole:
+    """A file that is there as bytes: a `transfer.Body`."""
+
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self._data = memoryview(data)
+
+    def part(self, begin: int, end: int, scratch: memoryview) -> memoryview:
+        return self._data[begin:end]
 
 
 def read_json(source: FileSource, name: str, keys: Mapping[str, type]) -> dict[str, Any]:
@@ -111,18 +118,34 @@ def read_objects(source: FileSource) -> dict[str, Any]:
     return objects
 
 
-def revive(tree: Tree, tensors: list[StoredTensor]) -> Tree:
-    """The tree with stored tensors in the places of `{"$tensor": index}`. Raises `DamagedError`."""
+def revive(tree: Tree, tensors: Sequence[StoredTensor]) -> Tree:
+    """The tree, changed in place, with stored tensors where `{"$tensor": index}` stood. Raises `DamagedError`."""
 
-    def stored(leaf: Any, path: tuple[str, ...]) -> Any:
-        if not isinstance(leaf, dict):
-            return leaf
-        index = leaf["$tensor"]
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(tensors):
+    def refuse(leaf: Any, path: tuple[str, ...]) -> None:
+        if isinstance(leaf, dict) and not _is_index(index := leaf["$tensor"], tensors):
             raise DamagedError(f"{STATE_NAME}: {'.'.join(path)} is tensor {index!r} of {len(tensors)}")
-        return tensors[index]
 
-    return map_leaves(tree, stored)
+    top = [tree]
+    if not _revive(top, tensors):
+        map_leaves(top[0], refuse)
+    return top[0]
+
+
+def _revive(tree: dict[str, Tree] | list[Tree], tensors: Sequence[StoredTensor]) -> bool:
+    """Whether every index within a dict or list was one of a tensor."""
+    for place, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if type(part) is dict and len(part) == 1 and "$tensor" in part:
+            index = part["$tensor"]
+            if not _is_index(index, tensors):
+                return False
+            tree[place] = tensors[index]  # type: ignore[index]
+        elif type(part) in (dict, list) and not _revive(part, tensors):
+            return False
+    return True
+
+
+def _is_index(value: Any, tensors: Sequence[StoredTensor]) -> bool:
+    return type(value) is int and 0 <= value < len(tensors)
 
 
 def save_torch(obj: Any, file: SinkFile) -> None:

@@ -1,17 +1,23 @@
-"""Into which memory does a tensor's bytes go when it is read? Straight into the target's, where that can be."""
+"""Into which memory do a tensor's bytes go when it is read? Straight into the target's, where that can be."""
 
 from __future__ import annotations
 
 import io
+import threading
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import repeat
 from typing import BinaryIO, cast
 
 import torch
 
 from ..errors import DamagedError, StateMismatchError
-from ..staging import is_special, memory
+from ..memory import use_huge_pages
+from ..staging import is_special, memory, raw
 from ..state.snapshot import StoredTensor
+from ..transfer import CHUNK, Sink
 
-_BOUNCE_SIZE = 64 << 20  # bytes; what a read into device or scattered memory holds on the host at a time
+_LARGE = 4 << 20  # bytes; from here on huge pages are worth a system call
 
 
 def refuse_misfit(stored: StoredTensor, target: torch.Tensor) -> None:
@@ -20,41 +26,130 @@ def refuse_misfit(stored: StoredTensor, target: torch.Tensor) -> None:
         raise StateMismatchError(
             f"a stored dense tensor of {stored.shape} does not go into a {target.layout} {target.dtype} one"
         )
-    if target.dtype != stored.dtype or tuple(target.shape) != stored.shape:
+    if target.dtype != stored.dtype or target.shape != stored.shape:
         raise StateMismatchError(
             f"a stored tensor of {stored.dtype} {stored.shape} does not go into one of {target.dtype} "
             f"{tuple(target.shape)}"
         )
 
 
-def fresh(stored: StoredTensor, device: str | torch.device) -> torch.Tensor:
-    """A new tensor for a stored one, with its strides."""
-    if stored.stride is None:
-        return torch.empty(stored.shape, dtype=stored.dtype, device=device)
-    return torch.empty_strided(stored.shape, stored.stride, dtype=stored.dtype, device=device)
+def fresh(stored: Iterable[StoredTensor], device: str | torch.device) -> dict[StoredTensor, torch.Tensor]:
+    """A new tensor for each stored one, with its strides; each owns its memory."""
+    kinds: dict[tuple[object, ...], list[StoredTensor]] = defaultdict(list)
+    for one in stored:
+        kinds[one.shape, one.dtype, one.stride].append(one)
+    result: dict[StoredTensor, torch.Tensor] = {}
+    for alike in kinds.values():
+        shape, dtype, stride = alike[0].shape, alike[0].dtype, alike[0].stride
+        if stride is None:
+            first = torch.empty(shape, dtype=dtype, device=device)
+        else:
+            first = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        tensors = [first, *map(torch.empty_like, repeat(first, len(alike) - 1))]  # half the time of `empty`
+        if first.is_cpu and first.nbytes >= _LARGE:
+            for tensor in tensors:
+                use_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        result.update(zip(alike, tensors, strict=True))
+    return result
+
+
+class Landing:
+    """Where the bytes of tensors go while files are read, from any thread.
+
+    The bytes may come between `begin` and `end`, which block until devices are ready for them, and have them.
+    """
+
+    def __init__(self) -> None:
+        self._devices: set[torch.device] = set()
+        self._threads = threading.local()
+
+    def sink(self, stored: StoredTensor, target: torch.Tensor) -> Sink:
+        """Takes a tensor's bytes into the target. Raises `StateMismatchError` when it does not fit."""
+        if target.layout != torch.strided or target.dtype != stored.dtype or target.shape != stored.shape:
+            refuse_misfit(stored, target)
+        # As `is_plain_host`, without a call for each of 100,000.
+        if target.is_cpu and target.is_contiguous() and not (target.is_conj() or target.is_neg()):
+            return target.data_ptr()
+        return self._through(target.detach())
+
+    def _through(self, target: torch.Tensor) -> Sink:
+        """For memory that is elsewhere, or scattered."""
+        put_bytes = pour
+        if target.is_cuda:
+            self._devices.add(target.device)
+            if target.is_contiguous() and not (target.is_conj() or target.is_neg()):
+                put_bytes, target = self._send, raw(target)
+
+        def take(begin: int, data: memoryview) -> None:
+            with torch.inference_mode(target.is_inference()):  # a thread of its own begins without the mode
+                put_bytes(target, begin, data)
+
+        return take
+
+    def begin(self) -> None:
+        for device in self._devices:
+            torch.cuda.synchronize(device)  # what training has under way on these tensors comes first
+
+    end = begin
+
+    def _send(self, target: torch.Tensor, begin: int, data: memoryview) -> None:
+        """Bytes to a CUDA device through pinned memory: while one half travels the other is filled."""
+        lanes = self._threads.__dict__.setdefault(str(target.device), [])
+        for at in range(0, len(data), CHUNK):
+            part = data[at : at + CHUNK]
+            if len(lanes) < 2:
+                lane = torch.empty(CHUNK, dtype=torch.uint8, device="cpu", pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            else:
+                lane = lanes.pop(0)
+                lane[1].synchronize()
+            pinned = lane[0][: len(part)]
+            pinned.copy_(_as_bytes(part))
+            target[begin + at : begin + at + len(part)].copy_(pinned, non_blocking=True)
+            lane[1].record(torch.cuda.current_stream(target.device))
+            lanes.append(lane)
+
+
+def pour(target: torch.Tensor, begin: int, data: memoryview) -> None:
+    """Put bytes of a dense tensor's contiguous form, from `begin` on, into the tensor. Any device and
+    strides, and wherever the bytes are cut; takes no more memory than `data` has."""
+    if target.is_contiguous() and not (target.is_conj() or target.is_neg()):
+        raw(target)[begin : begin + len(data)].copy_(_as_bytes(data))
+    elif target.numel() == 1:
+        whole = target.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+        pour(whole, begin, data)
+        target.copy_(whole)
+    else:
+        row = target.nbytes // target.shape[0]
+        done = 0
+        while done < len(data):
+            number, inside = divmod(begin + done, row)
+            whole_rows = (len(data) - done) // row
+            if inside == 0 and whole_rows:
+                count = whole_rows * row
+                rows = _as_bytes(data[done : done + count]).view(target.dtype).view(whole_rows, *target.shape[1:])
+                target[number : number + whole_rows].copy_(rows)
+            else:
+                count = min(row - inside, len(data) - done)
+                pour(target[number], inside, data[done : done + count])
+            done += count
+
+
+def _as_bytes(data: memoryview) -> torch.Tensor:
+    """The same memory as a tensor; a copy of what may not be written, which torch has no tensor for."""
+    return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
 
 
 def fill(target: torch.Tensor, file: BinaryIO, name: str) -> None:
-    """Fill a tensor with the next bytes of a file, which are those of its contiguous form.
-
-    They go straight into a contiguous host tensor, for others through at most 64 MiB of host memory
-    at a time. Raises `DamagedError` naming the file when it ends first.
-    """
-    if target.device.type == "cpu" and target.is_contiguous() and not (target.is_conj() or target.is_neg()):
+    """Fill a contiguous tensor with the next bytes of a file: straight, or through `CHUNK` bytes of
+    host memory where it is on a device. Raises `DamagedError` naming the file when it ends first."""
+    if target.is_cpu:
         read_exactly(file, memory(target), name)
         return
-    target = target.detach()
-    size = target.numel() * target.element_size()
-    if size <= _BOUNCE_SIZE:
-        bounce = torch.empty(target.shape, dtype=target.dtype)
-        read_exactly(file, memory(bounce), name)
-        target.copy_(bounce)
-    elif target.shape[0] == 1:
-        fill(target[0], file, name)
-    else:
-        rows = max(1, _BOUNCE_SIZE * target.shape[0] // size)
-        for start in range(0, target.shape[0], rows):
-            fill(target[start : start + rows], file, name)
+    bounce = memoryview(bytearray(min(CHUNK, target.nbytes)))
+    for begin in range(0, target.nbytes, CHUNK):
+        part = bounce[: target.nbytes - begin]
+        read_exactly(file, part, name)
+        pour(target, begin, part)
 
 
 def read_exactly(file: BinaryIO, view: memoryview, name: str) -> None:

@@ -6,18 +6,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..errors import DamagedError
-from ..staging import compact, is_dense, is_special, refuse_meta
+from ..staging import Held, Region, is_dense, is_special, refuse_meta
 from ..state.codec import from_torch_safe, to_torch_safe
-from ..state.snapshot import Snapshot, StoredState, StoredTensor, Tree, map_leaves
-from . import FileSink, FileSource
-from .state_file import STATE_NAME, file_stems, load_torch, read_json, read_objects, read_rng, save_torch, write_state
+from ..state.snapshot import FlatSnapshot, Snapshot, StoredState, StoredTensor, Tree, map_leaves
+from . import FileSink, FileSource, write_live
+from .json_texts import JsonTexts
+from .state_file import STATE_NAME, file_stems, load_torch, read_json, read_objects, read_rng, save_torch, state_bodies
 from .targets import put, refuse_misfit
+
+_ALIGNMENT = 64  # bytes, as torch aligns
 
 
 class TorchFormat:
@@ -29,20 +32,58 @@ class TorchFormat:
 
     name = "torch"
 
+    def __init__(self) -> None:
+        self._last: _TorchPlan | None = None
+
+    def plan(self, flat: FlatSnapshot) -> _TorchPlan:
+        """See `Format.plan`. Raises `StateMismatchError` for a meta tensor."""
+        if self._last is None or self._last.shape is not flat.shape:
+            self._last = _TorchPlan(flat)
+        return self._last
+
     def write(self, snapshot: Snapshot, sink: FileSink) -> None:
-        """Write every file; blocks. Raises what the sink raises, and `StateMismatchError` for a meta tensor."""
-        stems = file_stems(snapshot.entries)
-        files, ties = {}, _Ties()
-        for entry, tree in snapshot.entries.items():
-            files[entry] = f"{stems[entry]}.pt"
-            plain = to_torch_safe(ties.take(entry, tree))
-            with sink.create(files[entry]) as file:
-                save_torch(plain, file)
-        write_state(sink, self.name, snapshot, {"files": files, "ties": ties.rows})
+        write_live(self, snapshot, sink)
 
     def open(self, source: FileSource) -> StoredState:
         """Load every entry into host memory. Raises `DamagedError` and `FormatVersionError`."""
         return _TorchState(source)
+
+
+class _TorchPlan:
+    """All dense tensors in one region, each as `torch.save` will find it."""
+
+    def __init__(self, flat: FlatSnapshot) -> None:
+        self.shape, self._count = flat.shape, len(flat.tensors)
+        for entry, tree in flat.entries.items():
+            _refuse_meta(flat, entry, tree)
+        numbers = [number for number, tensor in enumerate(flat.tensors) if not is_special(tensor)]
+        ends = list(
+            itertools.accumulate(-(-flat.tensors[number].nbytes // _ALIGNMENT) * _ALIGNMENT for number in numbers)
+        )
+        self.regions = {"": Region(ends[-1] if ends else 0, numbers, [0, *ends][: len(numbers)], keeps_strides=True)}
+        self._texts = JsonTexts()
+
+    def write(self, flat: FlatSnapshot, held: Held, sink: FileSink) -> None:
+        """See `Plan.write`."""
+        held.wait()
+        tensors = [held.tensor(number) for number in range(self._count)]
+        stems = file_stems(flat.entries)
+        files, ties = {}, _Ties()
+        for entry, tree in flat.entries.items():
+            files[entry] = f"{stems[entry]}.pt"
+            plain = to_torch_safe(ties.take(entry, tree, tensors))
+            with sink.create(files[entry]) as file:
+                save_torch(plain, file)
+        sink.write(state_bodies(self._texts, TorchFormat.name, flat, {"files": files, "ties": ties.rows}))
+
+
+def _refuse_meta(flat: FlatSnapshot, entry: str, tree: Tree) -> None:
+    def look(leaf: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(leaf, dict):
+            refuse_meta(flat.tensors[leaf["$tensor"]], (entry, *path))
+        return leaf
+
+    map_leaves(tree, look)
 
 
 class _Ties:
@@ -56,31 +97,38 @@ class _Ties:
         self.rows: list[tuple[str, int, str, int]] = []
         self._first: dict[int, tuple[str, int]] = {}
 
-    def take(self, entry: str, tree: Tree) -> Tree:
-        """The entry's tree with each distinct tensor in host memory, without the rest of its storage."""
-        own: dict[int, torch.Tensor] = {}
+    def take(self, entry: str, tree: Tree, tensors: Sequence[torch.Tensor]) -> Tree:
+        """The entry's tree with its tensors in it."""
+        seen: set[int] = set()
         index = itertools.count()
         is_ordered = not _has_set(tree)
 
-        def compacted(leaf: Any, path: tuple[str, ...]) -> Any:
-            if not isinstance(leaf, torch.Tensor):
+        def placed(leaf: Any, path: tuple[str, ...]) -> Any:
+            if not isinstance(leaf, dict):
                 return leaf
-            here = next(index)
-            if id(leaf) not in own:
-                refuse_meta(leaf, (entry, *path))
-                own[id(leaf)] = compact(leaf)
-                if is_ordered and (first := self._first.setdefault(id(leaf), (entry, here)))[0] != entry:
+            here, number = next(index), leaf["$tensor"]
+            if number not in seen:
+                seen.add(number)
+                if is_ordered and (first := self._first.setdefault(number, (entry, here)))[0] != entry:
                     self.rows.append((*first, entry, here))
-            return own[id(leaf)]
+            return tensors[number]
 
-        return map_leaves(tree, compacted)
+        return map_leaves(tree, placed)
 
 
 def _has_set(tree: Tree) -> bool:
     """Whether tensors stand in a set, which torch gives back in another order."""
     if isinstance(tree, dict):
-        return any((key in ("$set", "$frozenset") and _tensors(item)) or _has_set(item) for key, item in tree.items())
+        return any(
+            (key in ("$set", "$frozenset") and _has_tensor(item)) or _has_set(item) for key, item in tree.items()
+        )
     return isinstance(tree, list) and any(map(_has_set, tree))
+
+
+def _has_tensor(tree: Tree) -> bool:
+    found: list[Any] = []
+    map_leaves(tree, lambda leaf, _: found.append(leaf) if isinstance(leaf, dict) else None)
+    return bool(found)
 
 
 def _tensors(tree: Tree) -> list[torch.Tensor]:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .capturing import PickleWarning, capture, non_finite
+    from .recorder import Recorder
     from .restore import RestorePlan, match, materialize, unclaimed
     from .rng import RngReport, capture_rng, restore_rng
 
 __all__ = [
     "PickleWarning",
+    "Recorder",
     "RestorePlan",
     "RngReport",
     "capture",
@@ -28,6 +30,7 @@ __all__ = [
 
 _HOMES = {
     "capturing": ("PickleWarning", "capture", "non_finite"),
+    "recorder": ("Recorder",),
     "restore": ("RestorePlan", "match", "materialize", "unclaimed"),
     "rng": ("RngReport", "capture_rng", "restore_rng"),
 }

@@ -6,6 +6,7 @@ import io
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError, ConfigError, SaveFailedError
 from .codec import encode, join
-from .names import clean_names, modules, parameter_names
+from .names import Known, Names
 from .rng import capture_rng, restore_rng
-from .snapshot import Snapshot, Tree, map_leaves
+from .snapshot import FlatSnapshot, Snapshot, Tree, map_leaves
+from .structure import Form, form, is_lazy, is_loose, survey
 
 
 class PickleWarning(UserWarning):
@@ -35,20 +37,56 @@ def capture(objects: Mapping[str, Any], only: Collection[str] | None = None) -> 
     `only`, entry names that are no texts, reference cycles and sharded tensors; `SaveFailedError` naming
     the entry when a `state_dict()` fails.
     """
-    if odd := [name for name in objects if not isinstance(name, str) or not name]:
-        raise ConfigError(f"entries are named by texts; these are not: {', '.join(map(repr, odd))}")
-    if unknown := [name for name in only or () if name not in objects]:
-        raise ConfigError(f"only: no entry {', '.join(map(repr, unknown))}; the state has {', '.join(objects)}")
-    rng = capture_rng()
-    try:
-        reader = _Reader(parameter_names(named_modules(objects)))
-        states = {name: reader.read(name, value) for name, value in objects.items() if only is None or name in only}
-    finally:
-        # A data loader starts an epoch, and so draws from the generators, to say where it stands.
-        restore_rng(rng)
-    ties, pickled = _Ties(), _Pickled()
-    entries = {name: encode(state, path=name, opaque=pickled.add, tensor=ties.one) for name, state in states.items()}
-    return Snapshot(entries, reader.notes, pickled.dump(), rng)
+    reading = Reader().read(objects, only)
+    ties, pickled = Ties(), Pickled()
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        return ties.tensors[ties.number(tensor)]
+
+    entries = {name: encode(state, path=name, opaque=pickled.add, tensor=one) for name, state in reading.states.items()}
+    return Snapshot(entries, reading.notes, pickled.dump(), reading.rng)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What objects said of themselves at one moment. Holds the objects' own tensors and containers.
+
+    `parameters` are those of the modules among the entries; `facts` say all about these modules that
+    is not in their state.
+    """
+
+    states: dict[str, Any]
+    notes: dict[str, dict[str, Any]]
+    rng: Tree
+    facts: list[Any]
+    parameters: list[nn.Parameter]
+
+
+class Reader:
+    """Asks objects for their state, and knows their names from the last time where nothing changed."""
+
+    def __init__(self) -> None:
+        self._known = Known()
+
+    def read(self, objects: Mapping[str, Any], only: Collection[str] | None = None) -> Reading:
+        """See `capture`."""
+        if odd := [name for name in objects if not isinstance(name, str) or not name]:
+            raise ConfigError(f"entries are named by texts; these are not: {', '.join(map(repr, odd))}")
+        if unknown := [name for name in only or () if name not in objects]:
+            raise ConfigError(f"only: no entry {', '.join(map(repr, unknown))}; the state has {', '.join(objects)}")
+        rng = capture_rng()
+        try:
+            found = named_modules(objects)
+            names = Names(found, self._known)
+            asking = _Asking(names)
+            chosen = {name: value for name, value in objects.items() if only is None or name in only}
+            states = {name: asking.read(name, value) for name, value in chosen.items()}
+        finally:
+            # A data loader starts an epoch, and so draws from the generators, to say where it stands.
+            restore_rng(rng)
+        inside = found if only is None else named_modules(chosen)
+        self._known = names.known
+        return Reading(states, asking.notes, rng, *names.of_modules(inside))
 
 
 def has_state(value: Any) -> bool:
@@ -60,11 +98,6 @@ def class_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def group_names(optimizer: Optimizer, names: Mapping[int, str]) -> list[list[str | None]]:
-    """The names of the parameters of each group; None for one that no module has."""
-    return [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
-
-
 def named_modules(objects: Mapping[str, Any]) -> list[tuple[str, nn.Module]]:
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
@@ -72,7 +105,7 @@ def named_modules(objects: Mapping[str, Any]) -> list[tuple[str, nn.Module]]:
     def visit(path: str, value: Any) -> None:
         if isinstance(value, nn.Module):
             found.append((path, value))
-        elif type(value) in (dict, OrderedDict, list, tuple) and id(value) not in seen:
+        elif _may_hold_objects(value) and id(value) not in seen:
             seen.add(id(value))
             for step, item in value.items() if isinstance(value, dict) else enumerate(value):
                 visit(join(path, [step if isinstance(step, str | int) else [step]]), item)
@@ -82,10 +115,15 @@ def named_modules(objects: Mapping[str, Any]) -> list[tuple[str, nn.Module]]:
     return found
 
 
-class _Reader:
+def _may_hold_objects(value: Any) -> bool:
+    """Whether the value is a plain container of something that is not plain."""
+    return type(value) in (dict, OrderedDict, list, tuple) and survey([value]) is None
+
+
+class _Asking:
     """Asks objects for their state, within plain containers too, and takes notes."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Names) -> None:
         self._names = names
         self.notes: dict[str, dict[str, Any]] = {}
 
@@ -94,7 +132,7 @@ class _Reader:
 
     def _read(self, entry: str, value: Any, steps: tuple[Any, ...], around: tuple[int, ...]) -> Any:
         kind = type(value)
-        if kind in (dict, OrderedDict, list, tuple):
+        if _may_hold_objects(value):
             if id(value) in around:
                 return value  # refused when it is encoded
             around = (*around, id(value))
@@ -106,12 +144,13 @@ class _Reader:
             return kind(self._read(entry, item, (*steps, i), around) for i, item in enumerate(value))
         if not has_state(value):
             return value
+        path = join(entry, steps)
         try:
-            state, note = self._ask(value)
+            state, note = self._ask(value, path)
         except CheckpointError:
             raise
         except Exception as exc:
-            raise SaveFailedError(f"{join(entry, steps)}: {kind.__qualname__}.state_dict() failed: {exc!r}") from exc
+            raise SaveFailedError(f"{path}: {kind.__qualname__}.state_dict() failed: {exc!r}") from exc
         own = self.notes.setdefault(entry, {})
         if steps:
             own.setdefault("parts", {})[join("", steps)] = note
@@ -119,41 +158,46 @@ class _Reader:
             own.update(note)
         return state
 
-    def _ask(self, value: Any) -> tuple[Any, dict[str, Any]]:
+    def _ask(self, value: Any, path: str) -> tuple[Any, dict[str, Any]]:
         note: dict[str, Any] = {"class": class_name(value)}
         state = value.state_dict()
         if isinstance(value, nn.Module):
-            names = clean_names(value, state)
-            versions = {clean: module._version for _, clean, module in modules(value) if module._version != 1}
-            state = {names[key]: item for key, item in state.items()}
-            if versions:
-                note["versions"] = versions
+            named = self._names.of_state(path, value, state)
+            state = dict(zip(named.names, state.values(), strict=True))
+            if named.versions:
+                note["versions"] = named.versions
         elif isinstance(value, Optimizer):
-            note["params"] = group_names(value, self._names)
+            note["params"] = self._names.of_groups(path, [group["params"] for group in value.param_groups])
         return state, note
 
 
-class _Ties:
-    """Gives the same tensor object for the same memory."""
+class Ties:
+    """Numbers tensors: the same number for the same memory."""
 
     def __init__(self) -> None:
-        self._seen: dict[Any, torch.Tensor] = {}
+        self.tensors: list[torch.Tensor] = []  # by number
+        self.forms: list[Form] = []  # by number
+        self.numbers: dict[int, int] = {}  # by the tensors' ids
+        self._seen: dict[Any, int] = {}
         self._alive: list[torch.Tensor] = []  # an id or an address means something only while its owner lives
 
-    def one(self, tensor: torch.Tensor) -> torch.Tensor:
-        own = tensor if not (tensor.is_conj() or tensor.is_neg()) else tensor.resolve_conj().resolve_neg()
+    def number(self, tensor: torch.Tensor) -> int:
+        own = form(tensor)
+        key = id(tensor) if is_loose(own) else (tensor.data_ptr(), own)
+        number = self.numbers[id(tensor)] = self._seen.setdefault(key, len(self.tensors))
+        if number == len(self.tensors):
+            self.tensors.append(tensor.resolve_conj().resolve_neg() if is_lazy(own) else tensor)
+            self.forms.append(own)
         self._alive.append(tensor)
-        return self._seen.setdefault(self._key(tensor), own)
+        return number
 
-    @staticmethod
-    def _key(tensor: torch.Tensor) -> Any:
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.numel() == 0:
-            return id(tensor)
-        kind = (type(tensor), tensor.requires_grad, tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg())
-        return (*kind, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+    def find(self, tensor: torch.Tensor) -> int | None:
+        """The number of a tensor with an address, if it has one."""
+        own = form(tensor)
+        return None if is_loose(own) else self._seen.get((tensor.data_ptr(), own))
 
 
-class _Pickled:
+class Pickled:
     """Collects what has no plain form, and pickles it."""
 
     def __init__(self) -> None:
@@ -200,22 +244,26 @@ def _pickle(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def non_finite(snapshot: Snapshot) -> list[str]:
+def non_finite(flat: FlatSnapshot) -> list[str]:
     """The names of tensors with a value that is not finite. Reads every floating tensor once, on its
     device, and waits for each device once; needs no memory of the tensors' size."""
-    named: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    extremes: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
+    for number, tensor in enumerate(flat.tensors):
+        if (found := _extremes(tensor)) is not None:
+            extremes.setdefault(tensor.device, []).append((number, found))
+    odd: set[int] = set()
+    for device_extremes in extremes.values():
+        finite = torch.isfinite(torch.stack([pair for _, pair in device_extremes])).all(dim=1).tolist()
+        odd |= {number for (number, _), good in zip(device_extremes, finite, strict=True) if not good}
+    names: list[str] = []
 
     def look(leaf: Any, path: tuple[str, ...]) -> None:
-        if isinstance(leaf, torch.Tensor) and (extremes := _extremes(leaf)) is not None:
-            named.setdefault(leaf.device, []).append((".".join(path), extremes))
+        if isinstance(leaf, dict) and leaf["$tensor"] in odd:
+            names.append(".".join(path))
 
-    for entry, tree in snapshot.entries.items():
+    for entry, tree in flat.entries.items() if odd else ():
         map_leaves(tree, look, (entry,))
-    odd: list[str] = []
-    for found in named.values():
-        finite = torch.isfinite(torch.stack([extremes for _, extremes in found])).all(dim=1).tolist()
-        odd += [name for (name, _), good in zip(found, finite, strict=True) if not good]
-    return odd
+    return names
 
 
 def _extremes(tensor: torch.Tensor) -> torch.Tensor | None:

@@ -28,7 +28,8 @@ A tree (see `snapshot`) is JSON with tensors in it. What JSON has no form for is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -49,13 +50,13 @@ def encode(
     *,
     path: str = "",
     opaque: Callable[[Any, str], Tree] | None = None,
-    tensor: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    tensor: Callable[[torch.Tensor], Tree] | None = None,
 ) -> Tree:
     """The tree of a value. Its containers are new; its tensors are live: not copied, cut off from the graph.
 
     `opaque(value, path)` gives the tree of what cannot be expressed; without it that is a
-    `ConfigError`, as are containers that contain themselves and sharded tensors. `tensor` may
-    replace each leaf. `path` is the value's name in messages.
+    `ConfigError`, as are containers that contain themselves and sharded tensors. `tensor` gives
+    what stands for each tensor. `path` is the value's name in messages.
     """
     return _Encoder(path, opaque, tensor).encode(value)
 
@@ -91,7 +92,7 @@ class _Encoder:
         self,
         path: str,
         opaque: Callable[[Any, str], Tree] | None,
-        tensor: Callable[[torch.Tensor], torch.Tensor] | None,
+        tensor: Callable[[torch.Tensor], Tree] | None,
         keep_tags: bool = False,
     ) -> None:
         self._path, self._opaque, self._tensor, self._keep_tags = path, opaque, tensor, keep_tags
@@ -129,6 +130,8 @@ class _Encoder:
     def _encode_value(self, value: Any) -> Tree:
         if self._keep_tags and type(value) is dict and any(type(key) is str and key[:1] == "$" for key in value):
             return {key: self.sub(item, key) for key, item in value.items()}
+        if type(value) in (list, tuple) and _are_plain(value):
+            return list(value) if type(value) is list else {"$tuple": list(value)}
         if encoder := plain_tags.ENCODERS.get(type(value)):
             return encoder(value, self.sub)
         tree = numpy_tags.encode_numpy(value, self.sub)
@@ -157,6 +160,17 @@ class _Encoder:
         return value if self._tensor is None else self._tensor(value)
 
 
+def _are_plain(items: Collection[Any]) -> bool:
+    """Whether JSON holds all the items as they are, where that is seen without a look at each: they are
+    all of one kind. A list of the numbers of all parameters is long."""
+    kinds = set(map(type, items))
+    if kinds == {int}:
+        return is_plain(min(items)) and is_plain(max(items))
+    if kinds == {float}:
+        return all(map(math.isfinite, items))
+    return kinds <= {type(None), bool} or (kinds == {str} and all(map(str.isascii, items)))
+
+
 def _type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
@@ -171,6 +185,8 @@ class _Decoder:
         return join(self._path, self._steps) or "the value"
 
     def sub(self, tree: Tree, step: Any) -> Any:
+        if type(tree) is StoredTensor and self._tensor is not None:
+            return self._tensor(tree)
         if is_plain(tree):
             return tree
         self._steps.append(step)
@@ -190,10 +206,10 @@ class _Decoder:
         if type(tree) is list:
             return [self.sub(item, i) for i, item in enumerate(tree)]
         if type(tree) is dict:
-            tag = next((key for key in tree if key[:1] == "$"), None)
-            if tag is None:
-                return {key: self.sub(item, key) for key, item in tree.items() if not is_unsaved(item)}
-            return self._decode_tagged(tag, dict(tree))
+            for key in tree:
+                if key[:1] == "$":
+                    return self._decode_tagged(key, dict(tree))
+            return {key: self.sub(item, key) for key, item in tree.items() if not is_unsaved(item)}
         if tree is None or isinstance(tree, str | int | float):
             return tree
         raise DamagedError(f"{self._here} holds a {type(tree).__name__}, which is no part of a tree")

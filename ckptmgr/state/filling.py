@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from .codec import decode
 from .differences import Differences
+from .in_place import InPlace
 from .snapshot import StoredTensor, Tree
 from .trees import Needs
 
@@ -24,17 +25,26 @@ class Source:
     def __init__(
         self,
         fetched: Mapping[StoredTensor, torch.Tensor],
-        memory: Mapping[StoredTensor, torch.Tensor],
+        in_place: InPlace,
         objects: Mapping[str, Any],
         device: str | torch.device,
     ) -> None:
-        self._fetched, self._memory, self._objects = fetched, memory, objects
-        self._device = device
+        self.in_place = in_place
+        self._fetched, self._objects, self._device = fetched, objects, device
         self._own: dict[StoredTensor, torch.Tensor] = {}
 
-    def decode(self, tree: Tree, path: str) -> Any:
-        """The value of a tree; nothing of it shares memory with a target."""
-        return decode(tree, tensor=self.tensor, objects=self._objects.__getitem__, path=path)
+    def decode(self, tree: Tree, path: str, live: Mapping[StoredTensor, torch.Tensor] | None = None) -> Any:
+        """The value of a tree; nothing of it shares memory with a target, but the leaves in `live`:
+        they are the tensors given there."""
+        own = self.tensor
+        if not live:
+            return decode(tree, tensor=own, objects=self._objects.__getitem__, path=path)
+        return decode(
+            tree,
+            tensor=lambda leaf: live[leaf] if leaf in live else own(leaf),
+            objects=self._objects.__getitem__,
+            path=path,
+        )
 
     def place(self, tree: Tree, path: str) -> Any:
         """As `decode`, with tensors on the device that was asked for."""
@@ -44,16 +54,28 @@ class Source:
 
     def tensor(self, leaf: StoredTensor) -> torch.Tensor:
         """The value of a leaf, the same tensor each time."""
-        if leaf not in self._own:
+        value = self._own.get(leaf)
+        if value is None:
             value = self._fetched[leaf]
-            if leaf in self._memory:
+            if leaf in self.in_place.targets:
                 value = value.detach().clone()
             if leaf.is_parameter:
                 value = nn.Parameter(value, requires_grad=leaf.requires_grad)
             elif leaf.requires_grad:
                 value = value.detach().requires_grad_()
             self._own[leaf] = value
-        return self._own[leaf]
+        return value
+
+    def copy(self, pairs: Iterable[tuple[StoredTensor, torch.Tensor]]) -> None:
+        """Give tensors the values of leaves."""
+        changed = []
+        for leaf, target in pairs:
+            if not self.in_place.has(leaf, target):
+                target.copy_(self.tensor(leaf))
+            elif not target.is_inference():
+                changed.append(target)
+        # What autograd keeps of their old values must not be taken for the new ones.
+        torch.autograd.graph.increment_version(changed)
 
 
 @dataclass(frozen=True)
@@ -70,16 +92,14 @@ class Filling:
 class Fitting:
     """What is known while targets are compared: their parameters' names, and what was found so far.
 
-    `memory` says which leaves are read straight into a target; `dtypes` the stored dtype of a
-    target's parameter, by id.
+    `dtypes` has the stored dtype of a target's parameter, by id.
     """
 
     names: dict[int, str]
     differences: Differences
     fillings: list[Filling] = field(default_factory=list)
-    memory: dict[StoredTensor, torch.Tensor] = field(default_factory=dict)
+    in_place: InPlace = field(default_factory=InPlace)
     dtypes: dict[int, torch.dtype] = field(default_factory=dict)
-    _taken: set[tuple[Any, ...]] = field(default_factory=set)
 
     def needs(self) -> Needs:
         needs = Needs()
@@ -87,25 +107,6 @@ class Fitting:
             for tree, path in filling.trees:
                 needs.add(tree, path)
         return needs
-
-    def offer(self, leaf: StoredTensor, target: torch.Tensor) -> bool:
-        """Have a leaf read straight into a target's memory, if that can be and neither is taken."""
-        if target.dtype != leaf.dtype or not _is_readable_into(target) or leaf in self.memory:
-            return False
-        place = (target.device, target.data_ptr())
-        if place in self._taken:  # tied here but not in the checkpoint
-            return False
-        self._taken.add(place)
-        self.memory[leaf] = target.detach()
-        return True
-
-
-def _is_readable_into(target: torch.Tensor) -> bool:
-    if type(target) not in (torch.Tensor, nn.Parameter) or target.layout != torch.strided:
-        return False
-    if target.is_quantized or target.is_meta or target.is_conj() or target.is_neg() or target.numel() == 0:
-        return False
-    return bool(torch._debug_has_internal_overlap(target) == 0)
 
 
 def another_class(target: Any, note: Mapping[str, Any]) -> str | None:

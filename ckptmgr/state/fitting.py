@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +14,10 @@ from torch.utils.data import DataLoader
 from ..errors import ConfigError
 from .codec import join
 from .filling import FIRST, LOADER, OPTIMIZER, OTHER, SCHEDULER, Filling, Fitting, Source, another_class
-from .names import clean_names, modules, pair
+from .models import fit_module, misfit
 from .optimizers import fit_optimizer
 from .plain_tags import is_unsaved
-from .snapshot import StoredTensor, Tree
+from .snapshot import Tree
 from .trees import elements, items
 
 
@@ -49,7 +48,7 @@ def fit(fitting: Fitting, where: str, target: Any, tree: Tree, note: Mapping[str
     if is_unsaved(tree):
         fitting.differences.unsaved.append(where)
     elif isinstance(target, nn.Module):
-        _fit_module(fitting, where, target, tree, own)
+        fit_module(fitting, where, target, tree, own)
     elif isinstance(target, torch.Tensor):
         _fit_tensor(fitting, where, target, tree)
     elif has_load(target):
@@ -60,78 +59,17 @@ def fit(fitting: Fitting, where: str, target: Any, tree: Tree, note: Mapping[str
         _fit_sequence(fitting, where, target, tree, note, within)
 
 
-def misfit(target: torch.Tensor, tree: Tree) -> str | None:
-    """Why a tensor can't be filled from a tree, or None when it can."""
-    if isinstance(tree, dict) and "$meta" in tree:
-        return "was on the meta device when it was saved, and has no values"
-    if not isinstance(tree, StoredTensor):
-        return "is not a tensor in the checkpoint"
-    if nn.parameter.is_lazy(target):
-        return None
-    if target.is_meta:
-        return "is on the meta device here and can't be filled; give it memory first (to_empty)"
-    if tuple(target.shape) != tuple(tree.shape):
-        return f"has shape {tuple(tree.shape)} in the checkpoint and {tuple(target.shape)} in the object"
-    return None
-
-
-def _note_cast(fitting: Fitting, path: str, target: torch.Tensor, leaf: StoredTensor) -> None:
-    if not nn.parameter.is_lazy(target) and target.dtype != leaf.dtype:
-        fitting.differences.casts.append(f"{path}: {leaf.dtype} -> {target.dtype}")
-
-
-def _fit_module(fitting: Fitting, where: str, module: nn.Module, tree: Tree, note: Mapping[str, Any]) -> None:
-    stored = items(tree)
-    if stored is None:
-        fitting.differences.add("mismatched", where, [f"{where} is no state dict in the checkpoint"])
-        return
-    try:
-        live = module.state_dict(keep_vars=True)
-    except TypeError:  # a state_dict of the user's own making may take no argument
-        live = module.state_dict()
-    clean = clean_names(module, live)
-    pairs = pair(clean.values(), [name for name in stored if isinstance(name, str)])
-    used = set(pairs.values())
-    fitting.differences.add("missing", where, [name for name in clean.values() if name not in pairs])
-    fitting.differences.add("unexpected", where, [str(name) for name in stored if name not in used])
-    parts: list[tuple[str, Any, Tree, str, bool]] = []
-    for raw, name in clean.items():
-        if name not in pairs:
-            continue
-        target, part, path = live[raw], stored[pairs[name]], join(where, [name])
-        in_place = False
-        if isinstance(target, torch.Tensor) and not raw.endswith("_extra_state"):
-            if problem := misfit(target, part):
-                fitting.differences.add("mismatched", where, [f"{path} {problem}"])
-                continue
-            _note_cast(fitting, path, target, part)
-            fitting.dtypes[id(target)] = part.dtype
-            in_place = not nn.parameter.is_lazy(target) and fitting.offer(part, target)
-        parts.append((raw, target, part, path, in_place))
-    complete = not fitting.differences.has(where)
-
-    def fill(source: Source) -> None:
-        state: OrderedDict[str, Any] = OrderedDict()
-        for raw, target, part, path, in_place in parts:
-            # The parameter itself where it has been read into: copying it onto itself costs nothing.
-            state[raw] = target if in_place else source.decode(part, path)
-        if isinstance(versions := note.get("versions"), Mapping):
-            state._metadata = {raw[:-1]: {"version": versions.get(own, 1)} for raw, own, _ in modules(module)}  # type: ignore[attr-defined]
-        module.load_state_dict(state) if complete else module.load_state_dict(state, strict=False)
-
-    fitting.fillings.append(Filling(FIRST, where, [(part, path) for _, _, part, path, _ in parts], fill))
-
-
 def _fit_tensor(fitting: Fitting, where: str, target: torch.Tensor, tree: Tree) -> None:
     if problem := misfit(target, tree):
         fitting.differences.add("mismatched", where, [f"{where} {problem}"])
         return
-    _note_cast(fitting, where, target, tree)
-    in_place = fitting.offer(tree, target)
+    if not nn.parameter.is_lazy(target):
+        if target.dtype != tree.dtype:
+            fitting.differences.casts.append(f"{where}: {tree.dtype} -> {target.dtype}")
+        fitting.in_place.offer([(tree, target)])
 
     def fill(source: Source) -> None:
-        if not in_place:
-            target.copy_(source.tensor(tree))
+        source.copy([(tree, target)])
 
     fitting.fillings.append(Filling(FIRST, where, [(tree, where)], fill))
 

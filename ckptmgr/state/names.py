@@ -7,7 +7,12 @@ wrapper really stands, so a user's own submodule called "module" keeps its name.
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter, methodcaller
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -64,6 +69,127 @@ def parameter_names(objects: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
                 if parameter is not None:
                     names.setdefault(id(parameter), f"{entry}.{clean}{name}")
     return names
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A module seen at a glance. Two modules with equal `facts` have the same names for their parameters
+    and for the keys of their state dicts, the same versions, and gradients for the same parameters."""
+
+    facts: list[Any]
+    parameters: list[nn.Parameter | None]
+
+
+def outline(module: nn.Module) -> Outline:
+    """The outline of a module, found level by level without a call per submodule or parameter."""
+    facts: list[Any] = []
+    parameters: list[nn.Parameter | None] = []
+    level: list[Any] = [module]
+    around: set[int] = set()
+    while level:
+        facts.append(list(map(type, level)))
+        level = [part for part in level if part is not None]
+        children, own = list(map(_CHILDREN, level)), list(map(_OWN, level))
+        inner = [id(part) for part, below in zip(level, children, strict=True) if below]
+        if not around.isdisjoint(inner) or not set(map(type, chain(children, own))) <= {dict, OrderedDict}:
+            return _outline_by_walking(module)
+        around.update(inner)
+        facts += (list(map(tuple, children)), list(map(tuple, own)), list(map(_VERSION, level)))
+        parameters += chain.from_iterable(map(_VALUES, own))
+        level = list(chain.from_iterable(map(_VALUES, children)))
+    return Outline([*facts, _gradients(parameters)], parameters)
+
+
+_CHILDREN, _OWN, _VERSION = attrgetter("_modules"), attrgetter("_parameters"), attrgetter("_version")
+_VALUES = methodcaller("values")
+
+
+def _outline_by_walking(module: nn.Module) -> Outline:
+    """The same where a submodule stands on several levels, or keeps its children in its own way."""
+    facts: list[Any] = []
+    parameters: list[nn.Parameter | None] = []
+    for raw, clean, part in modules(module):
+        own = dict(part._parameters.items())
+        facts.append((raw, clean, type(part), part._version, tuple(own)))
+        parameters += own.values()
+    return Outline([*facts, _gradients(parameters)], parameters)
+
+
+def _gradients(parameters: Iterable[nn.Parameter | None]) -> list[bool | None]:
+    return [None if parameter is None else parameter.requires_grad for parameter in parameters]
+
+
+@dataclass(slots=True)
+class Known:
+    """What `Names` found out, for the next time. Holds neither modules nor tensors.
+
+    An id is compared only as part of a list of ids of things that were alive together: equal lists mean
+    that the same places held the same thing, whatever thing that was.
+    """
+
+    facts: list[tuple[str, list[Any]]] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    states: dict[str, _State] = field(default_factory=dict)
+    groups: dict[str, tuple[list[list[int]], list[list[str | None]]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What a module's state dict is saved with: clean names for its keys, and the versions of submodules."""
+
+    facts: list[Any]
+    keys: tuple[Any, ...]
+    names: tuple[Any, ...]
+    versions: dict[str, Any]
+
+
+class Names:
+    """The names within some modules, each with its path. `known` is for the next time."""
+
+    def __init__(self, found: list[tuple[str, nn.Module]], before: Known) -> None:
+        self._found, self._before = found, before
+        facts_before = dict(before.facts)
+        self._outlines: dict[int, Outline] = {}
+        for path, module in found:
+            one = outline(module)
+            is_known = facts_before.get(path) == one.facts  # the same object is compared in no time from here on
+            self._outlines[id(module)] = Outline(facts_before[path], one.parameters) if is_known else one
+        outlines = [(path, self._outlines[id(module)]) for path, module in found]
+        facts = [(path, one.facts) for path, one in outlines]
+        ids = list(map(id, chain.from_iterable(one.parameters for _, one in outlines)))
+        self.known = Known(facts, ids)
+        self._is_same = facts == before.facts and ids == before.ids
+        self._parameters: dict[int, str] | None = None
+
+    def of_state(self, path: str, module: nn.Module, keys: Iterable[str]) -> _State:
+        """The names of a state dict's keys."""
+        facts, keys = (self._outlines.get(id(module)) or outline(module)).facts, tuple(keys)
+        state = self._before.states.get(path)
+        if state is None or state.keys != keys or state.facts != facts:
+            names = clean_names(module, keys)
+            versions = {clean: part._version for _, clean, part in modules(module) if part._version != 1}
+            state = _State(facts, keys, tuple(names[key] for key in keys), versions)
+        self.known.states[path] = state
+        return state
+
+    def of_groups(self, path: str, groups: list[list[nn.Parameter]]) -> list[list[str | None]]:
+        """The names of an optimizer's parameters, group by group; None for one that no module has."""
+        ids = [list(map(id, group)) for group in groups]
+        before = self._before.groups.get(path)
+        if before is not None and self._is_same and before[0] == ids:
+            named = before[1]
+        else:
+            if self._parameters is None:
+                self._parameters = parameter_names(self._found)
+            named = [list(map(self._parameters.get, group)) for group in ids]
+        self.known.groups[path] = (ids, named)
+        return named
+
+    def of_modules(self, found: list[tuple[str, nn.Module]]) -> tuple[list[Any], list[nn.Parameter]]:
+        """All that the names in these modules depend on, and their parameters."""
+        outlines = [(path, self._outlines[id(module)]) for path, module in found]
+        parameters = [p for _, one in outlines for p in one.parameters if p is not None]
+        return [(path, one.facts) for path, one in outlines], parameters
 
 
 def unwrapped(name: str) -> str:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .codec import decode
 from .filling import Fitting, Source, another_class
+from .optimizer_loading import Pair, loader
 from .snapshot import StoredTensor, Tree
 from .trees import elements, items
 
@@ -48,25 +49,17 @@ def fit_optimizer(
     if saved_names is not None and all(name is not None for group in names for name in group):
         problems += _other_names(saved_names, names)
         if not problems:
-            orders = [[saved.index(str(name)) for name in own] for saved, own in zip(saved_names, names, strict=True)]
+            places = [{name: place for place, name in enumerate(saved)} for saved in saved_names]
+            orders = [[there[str(name)] for name in own] for there, own in zip(places, names, strict=True)]
     elif sizes != own_sizes:
         problems.append(f"{where} has groups of {sizes} parameters in the checkpoint and of {own_sizes} in the object")
     if not problems:
-        problems = _misshapen(fitting, optimizer, top, groups, orders)
+        pairs = _pairs(optimizer, items(top["state"]) or {}, groups, orders)
+        problems = _misshapen(fitting, optimizer, pairs)
     if problems:
         fitting.differences.add("mismatched", where, [p if p.startswith(where) else f"{where} {p}" for p in problems])
         return None
-
-    def fill(source: Source) -> None:
-        state = source.decode(tree, where)
-        for group, order in zip(state["param_groups"], orders, strict=True):
-            for key in ("params", "param_names"):
-                if key in group:
-                    group[key] = [group[key][i] for i in order]
-        optimizer.load_state_dict(state)
-        _put_back_dtypes(optimizer, state, fitting.dtypes)
-
-    return fill
+    return loader(fitting, where, optimizer, tree, orders, pairs)
 
 
 def _groups(top: Mapping[Any, Tree] | None) -> list[tuple[list[Any], Mapping[Any, Tree]]] | None:
@@ -130,53 +123,34 @@ def _few(names: Sequence[str | None]) -> str:
     return ", ".join(map(str, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def _misshapen(
-    fitting: Fitting,
+def _pairs(
     optimizer: Optimizer,
-    top: Mapping[Any, Tree],
+    states: Mapping[Any, Tree],
     groups: list[tuple[list[Any], Mapping[Any, Tree]]],
     orders: list[list[int]],
-) -> list[str]:
+) -> list[Pair]:
+    """Each parameter with the state stored for it."""
+    return [
+        (parameter, number, items(states.get(ids[index])) or {})
+        for number, ((ids, _), order, own) in enumerate(zip(groups, orders, optimizer.param_groups, strict=True))
+        for index, parameter in zip(order, own["params"], strict=True)
+    ]
+
+
+def _misshapen(fitting: Fitting, optimizer: Optimizer, pairs: list[Pair]) -> list[str]:
     """State whose shape is not that of the parameter it would go to."""
-    states = items(top["state"]) or {}
     problems = []
-    for number, ((ids, _), order, own) in enumerate(zip(groups, orders, optimizer.param_groups, strict=True)):
-        for position, (index, parameter) in enumerate(zip(order, own["params"], strict=True)):
-            if torch.nn.parameter.is_lazy(parameter):
-                continue
-            for key, leaf in (items(states.get(ids[index], {})) or {}).items():
-                if key in _SHAPED and isinstance(leaf, StoredTensor) and leaf.shape != tuple(parameter.shape):
-                    name = fitting.names.get(id(parameter), f"parameter {position} of group {number}")
-                    problems.append(
-                        f"has {key} of shape {leaf.shape} in the checkpoint "
-                        f"for {name} of shape {tuple(parameter.shape)}"
-                    )
+    for parameter, number, stored in pairs:
+        if torch.nn.parameter.is_lazy(parameter):
+            continue
+        shape = parameter.shape
+        for key, leaf in stored.items():
+            if key in _SHAPED and isinstance(leaf, StoredTensor) and leaf.shape != shape:
+                name = fitting.names.get(id(parameter)) or _position(optimizer, number, parameter)
+                problems.append(f"has {key} of shape {leaf.shape} in the checkpoint for {name} of shape {tuple(shape)}")
     return problems
 
 
-def _put_back_dtypes(optimizer: Optimizer, saved: Mapping[str, Any], dtypes: Mapping[int, torch.dtype]) -> None:
-    """Undo that `load_state_dict` casts state to the parameter's dtype, bit for bit.
-
-    Where the parameter itself changed its dtype since, and the state had the parameter's, the cast is
-    what was meant."""
-    for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        for index, parameter in zip(group["params"], own["params"], strict=True):
-            then = dtypes.get(id(parameter))
-            state = optimizer.state.get(parameter)
-            given = saved["state"].get(index)
-            if isinstance(state, dict) and isinstance(given, dict):
-                follows = None if then == parameter.dtype else then
-                for key in state.keys() & given.keys() - {"step"}:
-                    state[key] = _restored(state[key], given[key], follows)
-
-
-def _restored(loaded: Any, given: Any, follows: torch.dtype | None) -> Any:
-    if isinstance(loaded, torch.Tensor) and isinstance(given, torch.Tensor):
-        if type(loaded) is not torch.Tensor or loaded.dtype == given.dtype or given.dtype == follows:
-            return loaded
-        return given.to(loaded.device)
-    if isinstance(loaded, dict) and isinstance(given, dict):
-        return {key: _restored(item, given[key], follows) if key in given else item for key, item in loaded.items()}
-    if type(loaded) in (list, tuple) and type(given) is type(loaded) and len(given) == len(loaded):
-        return type(loaded)(_restored(a, b, follows) for a, b in zip(loaded, given, strict=True))
-    return loaded
+def _position(optimizer: Optimizer, number: int, parameter: torch.Tensor) -> str:
+    position = next(i for i, one in enumerate(optimizer.param_groups[number]["params"]) if one is parameter)
+    return f"parameter {position} of group {number}"

@@ -12,6 +12,7 @@ from .capturing import named_modules
 from .differences import Differences
 from .filling import Fitting, Source
 from .fitting import fit, is_target
+from .in_place import InPlace
 from .names import parameter_names
 from .plain_tags import is_unsaved
 from .snapshot import StoredState, StoredTensor
@@ -62,6 +63,7 @@ class RestorePlan:
     tensors that change their dtype on the way."""
 
     def __init__(self, fitting: Fitting) -> None:
+        fitting.in_place.settle()
         self._fitting = fitting
         self._needs = fitting.needs()
         differences = fitting.differences
@@ -82,9 +84,9 @@ class RestorePlan:
         when reading finds damage, with targets possibly half filled.
         """
         pickled = _trusted(self._needs, objects)
-        memory = self._fitting.memory
-        wanted = {leaf: memory.get(leaf) for leaf in self._needs.tensors}
-        source = Source(fetch(wanted), memory, pickled, map_location)
+        in_place = self._fitting.in_place
+        wanted = {**self._needs.tensors, **in_place.targets}
+        source = Source(fetch(wanted), in_place, pickled, map_location)
         for filling in sorted(self._fitting.fillings, key=lambda one: one.order):
             try:
                 with torch.no_grad():
@@ -120,7 +122,7 @@ def materialize(
     for name, tree in trees.items():
         needs.add(tree, name)
     pickled = _trusted(needs, objects)
-    source = Source(fetch(dict.fromkeys(needs.tensors), device), {}, pickled, device)
+    source = Source(fetch(dict.fromkeys(needs.tensors), device), InPlace(), pickled, device)
     return {name: source.decode(tree, name) for name, tree in trees.items() if not is_unsaved(tree)}
 
 

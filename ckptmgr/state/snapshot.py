@@ -8,7 +8,7 @@ every format; a stored tree is equal to it but for `StoredTensor` leaves in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -32,6 +32,46 @@ class Snapshot:
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     objects: bytes | None = None
     rng: Tree = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatSnapshot:
+    """A snapshot with its tensors apart: its trees are JSON, `{"$tensor": i}` stands for `tensors[i]`.
+
+    Tied tensors are one. `shape` is the very same object (`is`) in two snapshots of which nothing
+    but values differs, as far as tensors go: as many, at the same paths, and each of the same dtype, shape, strides,
+    device and flags. A part of a tree that did not change is the very same object too. So what was
+    planned for one snapshot serves the next. `still` are the tensors that are not expected to change from save to
+    save: parameters that take no gradient. `pointers` are the tensors' addresses, where they are
+    known already. `rng` is as in `Snapshot`, tensors included.
+    """
+
+    entries: dict[str, Tree]
+    tensors: Sequence[torch.Tensor]
+    notes: dict[str, dict[str, Any]]
+    objects: bytes | None
+    rng: Tree
+    shape: object
+    still: frozenset[int] = frozenset()
+    pointers: Sequence[int] | None = None
+
+
+def flatten(snapshot: Snapshot, still: Collection[torch.Tensor] = ()) -> FlatSnapshot:
+    """The snapshot with its tensors apart, numbered in the order of its trees; the same object has one number."""
+    tensors: list[torch.Tensor] = []
+    numbers: dict[int, int] = {}
+
+    def numbered(leaf: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(leaf, str | int | float | bool | dict | None):
+            return leaf
+        number = numbers.setdefault(id(leaf), len(tensors))
+        if number == len(tensors):
+            tensors.append(leaf)
+        return {"$tensor": number}
+
+    entries = {name: map_leaves(tree, numbered) for name, tree in snapshot.entries.items()}
+    quiet = frozenset(number for tensor in still if (number := numbers.get(id(tensor))) is not None)
+    return FlatSnapshot(entries, tensors, snapshot.notes, snapshot.objects, snapshot.rng, object(), quiet)
 
 
 def map_leaves(tree: Tree, change: Callable[[Any, tuple[str, ...]], Any], path: tuple[str, ...] = ()) -> Tree:
@@ -65,10 +105,10 @@ def _label(key: Tree) -> str:
     return str(key)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen, which would take twice the time for each of 100,000
 class StoredTensor:
     """A tensor in a checkpoint whose bytes have not been read. Compared by identity: tied weights
-    are one `StoredTensor` in several places of the tree.
+    are one `StoredTensor` in several places of the tree. Never changed.
 
     `location` belongs to the format that made it.
     """

@@ -24,7 +24,10 @@ def items(tree: Tree) -> dict[Hashable, Tree] | None:
     if tree.keys() == {"$dict"}:
         keys = decode({"$dict": [[key, i] for i, (key, _) in enumerate(tree["$dict"])]})
         return {key: tree["$dict"][i][1] for key, i in keys.items()}
-    return None if any(key.startswith("$") for key in tree) else dict(tree)
+    for key in tree:
+        if key[:1] == "$":
+            return None
+    return dict(tree)
 
 
 def elements(tree: Tree) -> list[Tree] | None:
@@ -48,13 +51,17 @@ class Needs:
             self.tensors[tree] = None
         elif isinstance(tree, list):
             for i, item in enumerate(tree):
-                if not is_plain(item):
-                    self.add(item, join(path, [i]))
+                if type(item) is StoredTensor:
+                    self.tensors[item] = None
+                elif not is_plain(item):
+                    self.add(item, f"{path}[{i}]")
         elif isinstance(tree, dict):
             if "$object" in tree:
                 self.objects.append(str(tree["$object"]))
             elif "$unsaved" in tree:
                 self.unsaved.append(path)
             for key, item in tree.items():
-                if not is_plain(item):
-                    self.add(item, path if key.startswith("$") else join(path, [key]))
+                if type(item) is StoredTensor:
+                    self.tensors[item] = None
+                elif not is_plain(item):
+                    self.add(item, path if key[:1] == "$" else join(path, [key]))

@@ -1,25 +1,27 @@
 """Where do bytes live? The `Store` protocol: bytes under keys, at a root URL.
 
 A key is a relative path with "/" between its parts. Everything above this package speaks to a
-store only through these seven methods and three attributes; `ckptmgr.testing.StoreContract` holds
+store only through these nine methods and three attributes; `ckptmgr.testing.StoreContract` holds
 what they promise, for any store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Entry", "Store", "Writer", "open_store"]
+__all__ = ["BLOCK", "DRAFTS", "Entry", "Reader", "Store", "Writer", "open_store"]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+DRAFTS = ".ckptmgr/drafts"  # where a folder is filled that is going to be renamed
+BLOCK = 4096  # bytes; what disks and file systems read and write at a time
+
+
+class Entry(NamedTuple):  # a root may hold ten thousand, and a dataclass takes twice the time to make
     """One thing in a listing.
 
     `key` is relative to the store's root; `size` is in bytes (0 for a folder); `modified` is in
@@ -39,8 +41,18 @@ class Entry:
 class Writer(Protocol):
     """A large object on its way into a store. Exactly one of `commit` and `abort` ends it."""
 
+    @property
+    def is_positional(self) -> bool:
+        """Whether `write_at` may be used: the object was begun with its size, and the store takes
+        its bytes in any order."""
+
     def write(self, data: Buffer) -> None:
         """Take the next bytes. Raises `StoreError`; the object must then be aborted."""
+
+    def write_at(self, offset: int, data: Buffer) -> None:
+        """Take the bytes at `offset`, a multiple of `BLOCK`; so is their number, but at the object's end.
+        From any thread, in any order, instead of `write`. Fast where `data` begins at a multiple of
+        `BLOCK` in memory. Raises `StoreError`; the object must then be aborted."""
 
     def commit(self) -> None:
         """Make the whole object visible under its key, durably, or raise `StoreError`."""
@@ -49,9 +61,27 @@ class Writer(Protocol):
         """Give the object up: nothing of it is or becomes visible. May be repeated; never raises."""
 
 
+class Reader(Protocol):
+    """One object open for reading. Safe from any thread."""
+
+    def is_cached(self, start: int, end: int) -> bool:
+        """Whether reading these bytes is a mere copy of host memory, which is best made straight into
+        their last place. If not, they are best read into memory that begins at a multiple of `BLOCK`."""
+
+    def read_into(self, start: int, buffers: Sequence[Buffer]) -> int:
+        """Fill the buffers, one after the other, with the bytes from `start` on; the number of bytes,
+        less than asked for only at the object's end. Never from a cache of our own. Raises `StoreError`."""
+
+    def close(self) -> None:
+        """May be repeated; never raises."""
+
+
 class Store(Protocol):
     """Bytes under keys. Every method blocks, is safe from any thread, and raises `StoreError`
-    (or a subclass-like built-in of `ckptmgr.errors`) for anything the store refuses."""
+    (or a subclass-like built-in of `ckptmgr.errors`) for anything the store refuses.
+
+    What is written is durable at return, but for the names of what is in a folder below `DRAFTS`: nobody
+    looks for it there, and `rename` makes them durable before it moves the folder."""
 
     @property
     def url(self) -> str:
@@ -75,8 +105,19 @@ class Store(Protocol):
         at return the new ones are durable. With `create`, raises `AlreadyExistsError` and changes
         nothing when the key exists (one winner where the store has conditional writes)."""
 
-    def writer(self, key: str) -> Writer:
-        """A writer for a large object; nothing is visible under `key` before its `commit`."""
+    def reader(self, key: str) -> Reader:
+        """The object open for reading. Raises `NotFoundError` when there is no such object, here or
+        at the first `read_into`."""
+
+    def writer(self, key: str, size: int | None = None) -> Writer:
+        """A writer for a large object, of `size` bytes where that is known; nothing is visible under
+        `key` before its `commit`."""
+
+    def copy(self, source: str, target: str) -> bool:
+        """Make `target` an object of the bytes of `source`, without a byte passing through this
+        machine: a hard link, a copy made by the server. Durable at return, like `put`. False, and
+        nothing done, where the store can't; raises `NotFoundError` without a source and
+        `AlreadyExistsError` when `target` exists."""
 
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
         """What is in a folder, sorted by key: files and folders one level down, or with
@@ -84,7 +125,8 @@ class Store(Protocol):
         a bucket that does not exist is a `StoreError`."""
 
     def stat(self, key: str) -> Entry | None:
-        """The file under a key, or None when there is no such file. Never from a cache."""
+        """The file under a key, or None when there is no such file. A key that ends in "/" is a folder,
+        which object stores have while something is below it. Never from a cache."""
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove files, durably at return. A key that ends in "/" is a folder: everything below it

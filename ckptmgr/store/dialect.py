@@ -51,6 +51,9 @@ class Dialect(Protocol):
 
     def upload(self, name: str) -> Upload: ...
 
+    def copy(self, source: str, target: str, size: int) -> bool:
+        """Have the store copy an object of `size` bytes, or False where it can't."""
+
     def list(self, prefix: str, recursive: bool) -> Iterator[Entry]:
         """Every object below a prefix that is empty or ends in "/"; or one level, with folders."""
 

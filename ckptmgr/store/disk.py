@@ -6,12 +6,14 @@ import errno
 import os
 import shutil
 import stat
+import threading
 import weakref
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from ..errors import StoreError
+from ..errors import CheckpointError, StoreError
 
 try:
     import fcntl
@@ -24,7 +26,7 @@ _COMMON = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os,
 _CREATE = os.O_CREAT | os.O_EXCL | os.O_WRONLY | _COMMON
 _READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _COMMON  # a planted FIFO must not block us
 _NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
-_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def sync_file(fd: int) -> None:
@@ -82,7 +84,7 @@ def claim(temp: Path, target: Path) -> None:
         if temp.lstat().st_nlink != 2:
             raise
     except OSError as exc:
-        if exc.errno not in _NO_LINKS:
+        if exc.errno not in NO_LINKS:
             raise
         os.close(create_file(target))  # no links here: an empty file of that name is the claim
         try:
@@ -99,6 +101,10 @@ class TempFile:
         self.path = path
         self._file = open(create_file(path), "wb", buffering=0)  # noqa: SIM115 - lives as long as the writer
         self._discard = weakref.finalize(self, _discard, self._file, path, os.getpid())
+
+    @property
+    def fd(self) -> int:
+        return self._file.fileno()
 
     def write(self, data: memoryview) -> None:
         while data:  # the system may take less than it is given
@@ -123,6 +129,51 @@ def _discard(file: FileIO, path: Path, pid: int) -> None:
     if os.getpid() == pid:  # a forked child drops its copy of the object; the file is its parent's
         with suppress(OSError):
             path.unlink()
+
+
+class InUse:
+    """Something that many threads use, closed when it has ended and the last of them is done with it.
+
+    The number of a descriptor that was closed can at once be that of another file: no thread may
+    be about to use it then. Entering raises `LookupError` after the end.
+    """
+
+    def __init__(self, close: Callable[[], object]) -> None:
+        self._close = close
+        self._lock = threading.Lock()
+        self._users, self._has_ended = 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._has_ended:
+                raise LookupError
+            self._users += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._users -= 1
+            is_last = self._has_ended and not self._users
+        if is_last:
+            self._close()
+
+    def end(self) -> None:
+        """May be repeated."""
+        with self._lock:
+            is_last = not self._has_ended and not self._users
+            self._has_ended = True
+        if is_last:
+            self._close()
+
+
+@contextmanager
+def edge(doing: str, path: Path, need: int | None = None) -> Iterator[None]:
+    """A block whose errors of the system come out in our words."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except OSError as exc:
+        raise explain(exc, doing, path, need) from exc
 
 
 def explain(exc: OSError, doing: str, path: Path, need: int | None = None) -> StoreError:

@@ -59,6 +59,10 @@ class GenericDialect:
     def upload(self, name: str) -> _Upload:
         return _Upload(self, name)
 
+    def copy(self, source: str, target: str, size: int) -> bool:
+        """Never: what a filesystem calls a copy may well bring the bytes here and back."""
+        return False
+
     def put_file(self, local: str, name: str) -> None:
         try:
             self._in_folder(name, lambda: self._fs.put_file(local, name))

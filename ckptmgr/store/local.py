@@ -6,20 +6,25 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from ..errors import AlreadyExistsError, CheckpointError, ConfigError, NotFoundError, StoreError
-from . import Entry
+from ..errors import AlreadyExistsError, ConfigError, NotFoundError
+from . import DRAFTS, Entry
 from .arguments import as_bytes, checked_folder, checked_key
-from .disk import TempFile, claim, explain, open_file, sync_folder
+from .disk import NO_LINKS, TempFile, claim, edge, explain, open_file, sync_folder
+from .local_reader import LocalReader
+from .local_writer import LocalWriter
 from .mounts import can_rename_folders
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+_T = TypeVar("_T")
+_NO_LINK_HERE = NO_LINKS | {errno.EXDEV, errno.EMLINK}
 _TEMP_START, _TEMP_END = ".ckptmgr-", ".tmp"
 
 
@@ -46,6 +51,7 @@ class LocalStore:
 
     def __init__(self, path: str | Path, fsync: bool = True) -> None:
         self._path = Path(path).expanduser().absolute()
+        self._drafts = self._path / DRAFTS
         self._fsync = fsync
         self._durable: set[Path] = set()  # folders whose own entries this process has seen to the disk
         self._can_rename: bool | None = None
@@ -73,18 +79,13 @@ class LocalStore:
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         path = self._locate(checked_key(key))
-        with self._edge("read", path):
-            try:
-                fd = open_file(path)
-            except (FileNotFoundError, NotADirectoryError) as exc:
-                raise NotFoundError(f"{path} does not exist") from exc
-            with os.fdopen(fd, "rb") as file:
-                file.seek(start)
-                return file.read(-1 if end is None else max(0, end - start))
+        with edge("read", path), os.fdopen(_open(path), "rb") as file:
+            file.seek(start)
+            return file.read(-1 if end is None else max(0, end - start))
 
     def put(self, key: str, data: Buffer, *, create: bool = False) -> None:
         target, view = self._locate(checked_key(key)), as_bytes(data)
-        with self._edge("write", target, view.nbytes):
+        with edge("write", target, view.nbytes):
             temp = self._temp(target)
             try:
                 temp.write(view)
@@ -94,48 +95,76 @@ class LocalStore:
             finally:
                 temp.discard()
 
-    def writer(self, key: str) -> LocalWriter:
+    def reader(self, key: str) -> LocalReader:
+        path = self._locate(checked_key(key))
+        with edge("read", path):
+            return LocalReader(_open(path), path)
+
+    def writer(self, key: str, size: int | None = None) -> LocalWriter:
         target = self._locate(checked_key(key))
-        with self._edge("write", target):
-            return LocalWriter(self, self._temp(target), target)
+        with edge("write", target, size):
+            return LocalWriter(self._temp(target), target, size, self._publish)
+
+    def copy(self, source: str, target: str) -> bool:
+        """A hard link: both names are one file, which goes with the last of them."""
+        old, new = self._locate(checked_key(source)), self._locate(checked_key(target))
+        with edge("copy", old):
+            with os.fdopen(_open(old), "rb") as file:
+                links = os.fstat(file.fileno()).st_nlink
+                try:
+                    self._in_folder(new.parent, lambda: os.link(old, new))
+                except FileExistsError as exc:
+                    # NFS asks again after a lost answer, and then finds the link that it made itself.
+                    if os.fstat(file.fileno()).st_nlink == links or not new.samefile(old):
+                        raise AlreadyExistsError(f"{new} exists already and was left as it is") from exc
+                except OSError as exc:
+                    if exc.errno not in _NO_LINK_HERE:
+                        raise
+                    self._prune(new.parent)
+                    return False
+            self._sync(new.parent)
+        return True
 
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
         top = self._locate(f"{checked_folder(folder)}/")
-        with self._edge("list", top):
-            return sorted(self._scan(top, f"{folder}/" if folder else "", recursive), key=lambda entry: entry.key)
+        with edge("list", top):
+            return sorted(self._scan(top, f"{folder}/" if folder else "", recursive), key=attrgetter("key"))
 
     def stat(self, key: str) -> Entry | None:
-        path = self._locate(checked_key(key))
-        with self._edge("read", path):
+        name = checked_key(key.removesuffix("/"))
+        path = self._locate(key)
+        with edge("read", path):
             found = _lstat(path)
-        if found is None or not stat.S_ISREG(found.st_mode):
+        if found is None:
             return None
-        return Entry(key, found.st_size, found.st_mtime)
+        if key.endswith("/"):
+            return Entry(name, is_folder=True) if stat.S_ISDIR(found.st_mode) else None
+        return Entry(name, found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
 
     def delete(self, keys: Iterable[str]) -> None:
         touched: set[Path] = set()
         for key in keys:
             checked_key(key.removesuffix("/"))
             path = self._locate(key)
-            with self._edge("delete", path):
+            with edge("delete", path):
                 if _remove(path, tree=key.endswith("/")):
                     touched.add(path.parent)
         changed = {self._prune(folder) for folder in sorted(touched, key=lambda path: len(path.parts), reverse=True)}
         for folder in changed:
             # One that a later prune took with it has nothing left to make durable.
-            with self._edge("delete in", folder), suppress(FileNotFoundError):
+            with edge("delete in", folder), suppress(FileNotFoundError):
                 self._sync(folder)
 
     def rename(self, source: str, target: str) -> None:
         old, new = self._locate(f"{checked_key(source)}/"), self._locate(checked_key(target))
-        with self._edge("rename", old):
+        with edge("rename", old):
             found = _lstat(old)
             if found is None or not stat.S_ISDIR(found.st_mode):
                 raise NotFoundError(f"{old} is not there to be renamed to {new}")
             if os.path.lexists(new):  # a folder would go over an empty one without a word
                 raise AlreadyExistsError(f"{new} exists already; {old} was not renamed")
-            for folder, _, _ in os.walk(old, topdown=False):
-                self._sync(Path(folder))
+            for folder, _, _ in os.walk(old, topdown=False) if self._fsync else ():
+                sync_folder(Path(folder))
             self._make(new.parent)
             try:
                 old.rename(new)
@@ -158,15 +187,6 @@ class LocalStore:
             temp.path.replace(target)
         self._sync(target.parent)
 
-    @contextmanager
-    def _edge(self, doing: str, path: Path, need: int | None = None) -> Iterator[None]:
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except OSError as exc:
-            raise explain(exc, doing, path, need) from exc
-
     def _locate(self, key: str) -> Path:
         """The path of a checked key. Raises `StoreError` where a folder on the way is a symbolic
         link; with a "/" at the end, also where the last one is."""
@@ -187,39 +207,48 @@ class LocalStore:
             self._make(folder.parent)
             with suppress(FileExistsError):
                 folder.mkdir()
-            self._sync(folder.parent)
+            if self._drafts not in folder.parents:
+                self._sync(folder.parent)
         self._durable.add(folder)
 
     def _temp(self, target: Path) -> TempFile:
         path = target.with_name(f"{_TEMP_START}{secrets.token_hex(8)}{_TEMP_END}")
+        return self._in_folder(target.parent, lambda: TempFile(path))
+
+    def _in_folder(self, folder: Path, act: Callable[[], _T]) -> _T:
+        """Make the folder and act in it."""
         for _ in range(3):
-            self._make(target.parent)
+            self._make(folder)
             with suppress(FileNotFoundError):
-                return TempFile(path)
+                return act()
             self._durable.clear()  # the folder went since: another thread or process emptied it
-        self._make(target.parent)
-        return TempFile(path)
+        self._make(folder)
+        return act()
 
     def _sync(self, folder: Path) -> None:
-        if self._fsync:
+        if self._fsync and self._drafts not in folder.parents:  # what is below a draft, its rename makes durable
             sync_folder(folder)
 
     def _scan(self, folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
         try:
-            children = list(os.scandir(folder))
+            children = os.scandir(folder)
         except (FileNotFoundError, NotADirectoryError):
             return
-        for child in children:
-            key = prefix + child.name
-            if child.is_dir(follow_symlinks=False):
-                if recursive:
-                    yield from self._scan(Path(child.path), f"{key}/", recursive)
-                else:
-                    yield Entry(key, is_folder=True)
-            elif child.is_file(follow_symlinks=False) and not _is_temp(child.name):
-                with suppress(FileNotFoundError):  # deleted since
-                    found = child.stat(follow_symlinks=False)
-                    yield Entry(key, found.st_size, found.st_mtime)
+        folders = []
+        with children:
+            for child in children:
+                if child.is_dir(follow_symlinks=False):
+                    folders.append(child.name)
+                elif child.is_file(follow_symlinks=False) and not _is_temp(child.name):
+                    with suppress(FileNotFoundError):  # deleted since
+                        found = child.stat(follow_symlinks=False)
+                        yield Entry(prefix + child.name, found.st_size, found.st_mtime)
+        folders.sort()  # there may be ten thousand, and entries take longer to sort than names
+        for name in folders:
+            if recursive:
+                yield from self._scan(folder / name, f"{prefix}{name}/", recursive)
+            else:
+                yield Entry(prefix + name, 0, None, True)
 
     def _prune(self, folder: Path) -> Path:
         """Remove empty folders upwards, but never the root; the first folder that stays."""
@@ -235,37 +264,11 @@ class LocalStore:
         return folder
 
 
-class LocalWriter:
-    """A `Writer` of a file that has its name only after `commit`. Gone when dropped unended."""
-
-    def __init__(self, store: LocalStore, temp: TempFile, target: Path) -> None:
-        self._store, self._target = store, target
-        self._temp: TempFile | None = temp
-        self._size = 0
-
-    def write(self, data: Buffer) -> None:
-        view = as_bytes(data)
-        with self._store._edge("write", self._target, self._size + view.nbytes):
-            self._open().write(view)
-        self._size += view.nbytes
-
-    def commit(self) -> None:
-        temp = self._open()
-        try:
-            with self._store._edge("write", self._target, self._size):
-                self._store._publish(temp, self._target)
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        temp, self._temp = self._temp, None
-        if temp is not None:
-            temp.discard()
-
-    def _open(self) -> TempFile:
-        if self._temp is None:
-            raise StoreError(f"the writer of {self._target} has ended; begin a new one")
-        return self._temp
+def _open(path: Path) -> int:
+    try:
+        return open_file(path)
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise NotFoundError(f"{path} does not exist") from exc
 
 
 def _is_temp(name: str) -> bool:

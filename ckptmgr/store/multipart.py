@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Protocol
 
 _SMALLEST = 16 << 20  # bytes
 _EVEN_PARTS = 5_000  # of one size, as some stores want them
 _GROW_EVERY = 1_000
 _IN_FLIGHT = 8
+_COPIED_AT_ONCE = 512 << 20  # bytes; below what any store copies in one request, and several go faster
+_MOST_PARTS = 10_000
 
 
 def part_size(number: int) -> int:
@@ -30,6 +33,33 @@ class Multipart(Protocol):
     def complete(self, name: str, upload: str, receipts: list[Any], size: int) -> None: ...
 
     def cancel(self, name: str, upload: str) -> None: ...
+
+    def copy_whole(self, source: str, name: str) -> None:
+        """One request that copies a small object."""
+
+    def copy_part(self, source: str, name: str, upload: str, number: int, start: int, end: int) -> Any:
+        """The bytes [start, end) of an object as a part; the answer is a receipt as that of `send`."""
+
+
+def copy(requests: Multipart, source: str, name: str, size: int) -> None:
+    """Have the store copy an object, a large one in several parts at a time."""
+
+    def copy_part(start: int) -> Any:
+        return requests.copy_part(source, name, upload, start // step + 1, start, min(start + step, size))
+
+    step = max(_COPIED_AT_ONCE, -(-size // _MOST_PARTS))
+    if size <= step:
+        requests.copy_whole(source, name)
+        return
+    upload = requests.begin(name)
+    try:
+        with ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="ckptmgr-copy") as pool:
+            receipts = list(pool.map(copy_part, range(0, size, step)))
+        requests.complete(name, upload, receipts, size)
+    except BaseException:
+        with suppress(Exception):  # the first error says more, and a sweep drops what is left
+            requests.cancel(name, upload)
+        raise
 
 
 class MultipartUpload:

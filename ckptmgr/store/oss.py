@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import oss2
@@ -16,7 +17,7 @@ from fsspec.config import conf
 from ..errors import ConfigError
 from . import Entry
 from .dialect import Fault, split_url
-from .multipart import MultipartUpload
+from .multipart import MultipartUpload, copy
 
 _T = TypeVar("_T")
 _TRIES = 8  # 12.7 seconds of waiting in all
@@ -90,7 +91,7 @@ class OssDialect:
 
     def complete(self, name: str, upload: str, receipts: list[Any], size: int) -> None:
         try:
-            _retried(lambda: self._bucket.complete_multipart_upload(name, upload, receipts))
+            _read_out(_retried(lambda: self._bucket.complete_multipart_upload(name, upload, receipts)))
         except oss2.exceptions.NoSuchUpload:
             # A lost answer makes us ask twice, and the second time there is no upload any more.
             found = self.stat(name)
@@ -99,6 +100,19 @@ class OssDialect:
 
     def cancel(self, name: str, upload: str) -> None:
         _retried(lambda: self._bucket.abort_multipart_upload(name, upload))
+
+    def copy(self, source: str, target: str, size: int) -> bool:
+        copy(self, source, target, size)
+        return True
+
+    def copy_whole(self, source: str, name: str) -> None:
+        _read_out(_retried(lambda: self._bucket.copy_object(self.bucket, source, name)))
+
+    def copy_part(self, source: str, name: str, upload: str, number: int, start: int, end: int) -> Any:
+        span = (start, end - 1)
+        answer = _retried(lambda: self._bucket.upload_part_copy(self.bucket, source, span, name, upload, number))
+        _read_out(answer)
+        return oss2.models.PartInfo(number, answer.etag)
 
     def list(self, prefix: str, recursive: bool) -> Iterator[Entry]:
         token = ""
@@ -160,6 +174,12 @@ def _auth(given: Mapping[str, Any], version: str) -> Any:
     if token:
         return oss2.StsAuth(key, secret, token, auth_version=version)
     return oss2.make_auth(key, secret, version)
+
+
+def _read_out(answer: Any) -> None:
+    """Take the body that oss2 leaves unread, which would keep its connection from the next request."""
+    with suppress(OSError):  # the store has done it, whatever becomes of its words
+        answer.resp.read()
 
 
 def _retried(request: Callable[[], _T]) -> _T:

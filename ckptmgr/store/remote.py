@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AlreadyExistsError, CheckpointError, ConfigError, NotFoundError, StoreError
 from . import Entry
 from .arguments import as_bytes, checked_folder, checked_key, is_key
-from .dialect import Dialect, Fault, Upload, password, public_url
+from .dialect import Dialect, Fault, password, public_url
+from .range_reader import RangeReader
+from .remote_writer import RemoteWriter
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -85,25 +87,37 @@ class FsspecStore:
             else:
                 dialect.put(name, body)
 
-    def writer(self, key: str) -> RemoteWriter:
+    def reader(self, key: str) -> RangeReader:
+        return RangeReader(self, checked_key(key))
+
+    def writer(self, key: str, size: int | None = None) -> RemoteWriter:
         name = self._name(checked_key(key))
         with self._edge("write", key) as dialect:
-            return RemoteWriter(self, key, dialect.upload(name))
+            return RemoteWriter(f"{self.url}/{key}", size, dialect.upload(name), lambda: self._edge("write", key))
+
+    def copy(self, source: str, target: str) -> bool:
+        """S3, GCS and OSS copy; of any other filesystem it is not known who does. "Is the target
+        there?" and the copy are two steps: only names that nobody else uses are safe."""
+        old, new = self._name(checked_key(source)), self._name(checked_key(target))
+        with self._edge("copy", source) as dialect:
+            found = dialect.stat(old)
+            if found is None:
+                raise NotFoundError(f"{self.url}/{source} does not exist")
+            if dialect.stat(new) is not None:
+                raise AlreadyExistsError(f"{self.url}/{target} exists already and was left as it is")
+            return dialect.copy(old, new, found.size)
 
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
         prefix = self._name(f"{checked_folder(folder)}/" if folder else "")
         with self._edge("list", folder) as dialect:
-            below = len(self._name(""))
-            found = [
-                Entry(entry.key[below:], entry.size, entry.modified, entry.is_folder)
-                for entry in dialect.list(prefix, recursive)
-            ]
-        # What is no key, such as the empty object "folder/" that some tools make, is nothing of ours.
-        return sorted((entry for entry in found if is_key(entry.key)), key=lambda entry: entry.key)
+            return sorted(self._listed(dialect, prefix, recursive), key=lambda entry: entry.key)
 
     def stat(self, key: str) -> Entry | None:
-        name = self._name(checked_key(key))
+        name = self._name(checked_key(key.removesuffix("/")))
         with self._edge("read", key) as dialect:
+            if key.endswith("/"):  # the first page tells; one level would show folders that are empty by now
+                below = any(True for _ in self._listed(dialect, f"{name}/", recursive=True))
+                return Entry(key.removesuffix("/"), is_folder=True) if below else None
             found = dialect.stat(name)
         return None if found is None else Entry(key, found.size, found.modified)
 
@@ -129,6 +143,13 @@ class FsspecStore:
     def rename(self, source: str, target: str) -> None:
         """Always raises `StoreError`."""
         raise StoreError(f"folders can't be renamed at {self.url}: copy {source} to {target} and delete it instead")
+
+    def _listed(self, dialect: Dialect, prefix: str, recursive: bool) -> Iterator[Entry]:
+        below = len(self._name(""))
+        for entry in dialect.list(prefix, recursive):
+            key = entry.key[below:]
+            if is_key(key):  # else it is nothing of ours, such as the empty object "folder/" that some tools make
+                yield Entry(key, entry.size, entry.modified, entry.is_folder)
 
     def _name(self, key: str) -> str:
         prefix = self._dialect.prefix
@@ -197,36 +218,6 @@ class FsspecStore:
         for secret in filter(None, (password(self._url), *_secrets(self._options))):
             text = text.replace(secret, "***")
         return text
-
-
-class RemoteWriter:
-    """A `Writer` of an object that is visible only after `commit`. Dropped unended it publishes nothing."""
-
-    def __init__(self, store: FsspecStore, key: str, upload: Upload) -> None:
-        self._store, self._key = store, key
-        self._upload: Upload | None = upload
-
-    def write(self, data: Buffer) -> None:
-        with self._store._edge("write", self._key):
-            self._open().write(as_bytes(data))
-
-    def commit(self) -> None:
-        with self._store._edge("write", self._key):
-            self._open().commit()
-        self._upload = None
-
-    def abort(self) -> None:
-        upload, self._upload = self._upload, None
-        if upload is not None:
-            try:
-                upload.abort()
-            except Exception as exc:  # noqa: BLE001 - nothing is visible; the store forgets the rest, or a sweep does
-                _log.warning("upload.abort.failed url=%s/%s cause=%r", self._store.url, self._key, type(exc))
-
-    def _open(self) -> Upload:
-        if self._upload is None:
-            raise StoreError(f"the writer of {self._store.url}/{self._key} has ended; begin a new one")
-        return self._upload
 
 
 def _read(dialect: Dialect, name: str) -> bytes | None:

@@ -21,7 +21,7 @@ from fsspec.config import conf
 
 from . import Entry
 from .dialect import Fault, seconds, split_url
-from .multipart import MultipartUpload
+from .multipart import MultipartUpload, copy
 
 _DENIED_CODES = {
     "AccessDenied",
@@ -83,8 +83,7 @@ class S3Dialect:
 
     def send(self, name: str, upload: str, number: int, data: bytearray) -> dict[str, Any]:
         answer = self._call("upload_part", name, UploadId=upload, PartNumber=number, Body=data)
-        checksums = {key: value for key, value in answer.items() if key.startswith("Checksum")}
-        return {"PartNumber": number, "ETag": answer["ETag"], **checksums}
+        return _receipt(number, answer)
 
     def complete(self, name: str, upload: str, receipts: list[Any], size: int) -> None:
         try:
@@ -96,6 +95,29 @@ class S3Dialect:
 
     def cancel(self, name: str, upload: str) -> None:
         self._call("abort_multipart_upload", name, UploadId=upload)
+
+    def copy(self, source: str, target: str, size: int) -> bool:
+        try:
+            copy(self, source, target, size)
+        except OSError as exc:
+            if _status(exc) not in (405, 501):  # speaks like S3, but not of copies
+                raise
+            return False
+        return True
+
+    def copy_whole(self, source: str, name: str) -> None:
+        self._call("copy_object", name, CopySource={"Bucket": self.bucket, "Key": source})
+
+    def copy_part(self, source: str, name: str, upload: str, number: int, start: int, end: int) -> dict[str, Any]:
+        answer = self._call(
+            "upload_part_copy",
+            name,
+            UploadId=upload,
+            PartNumber=number,
+            CopySource={"Bucket": self.bucket, "Key": source},
+            CopySourceRange=f"bytes={start}-{end - 1}",
+        )
+        return _receipt(number, answer["CopyPartResult"])
 
     def list(self, prefix: str, recursive: bool) -> Iterator[Entry]:
         more = {} if recursive else {"Delimiter": "/"}
@@ -151,6 +173,11 @@ class S3Dialect:
 
     def _call(self, method: str, name: str, **arguments: Any) -> Any:
         return self._fs.call_s3(method, Bucket=self.bucket, Key=name, **arguments)
+
+
+def _receipt(number: int, answer: Mapping[str, Any]) -> dict[str, Any]:
+    checksums = {key: value for key, value in answer.items() if key.startswith("Checksum")}
+    return {"PartNumber": number, "ETag": answer["ETag"], **checksums}
 
 
 def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:

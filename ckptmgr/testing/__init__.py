@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .memory_files import MemoryFiles
-from .stores import Crash, CrashingStore, MemoryStore, SlowStore
+from .memory_store import MemoryStore
+from .stores import Crash, CrashingStore, SlowStore
 
 if TYPE_CHECKING:
     from .format_contract import FormatContract

@@ -53,6 +53,15 @@ class ListingContract:
         store.put("folder/key", b"1")
         assert [store.stat("missing"), store.stat("folder"), store.stat("folder/missing")] == [None, None, None]
 
+    def test_stat_tells_a_folder_by_its_slash(self, store: Store) -> None:
+        store.put("folder/deep/key", b"12345")
+        store.put("file", b"1")
+        assert store.stat("folder/") == Entry("folder", is_folder=True)
+        assert store.stat("folder/deep/") == Entry("folder/deep", is_folder=True)
+        assert [store.stat(key) for key in ("fold/", "folder/deep/key/", "file/", "missing/")] == [None] * 4
+        store.delete(["folder/"])
+        assert store.stat("folder/") is None
+
     def test_more_than_a_page_is_listed(self, store: Store) -> None:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda n: store.put(f"many/{n:04}", b""), range(self.many)))

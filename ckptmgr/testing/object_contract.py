@@ -85,10 +85,22 @@ class ObjectContract:
 
     @pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "../a", "a/../b", "./a", "a\\b", "a\0b", "c:a", "a\nb"])
     def test_a_key_that_could_lead_elsewhere_is_refused(self, store: Store, key: str) -> None:
-        for call in (store.get, store.stat, store.writer, lambda k: store.put(k, b""), lambda k: store.rename(k, "x")):
+        calls: list[Callable[[str], object]] = [
+            store.get,
+            store.reader,
+            store.writer,
+            lambda k: store.put(k, b""),
+            lambda k: store.rename(k, "x"),
+            lambda k: store.copy(k, "x"),
+            lambda k: store.copy("x", k),
+        ]
+        store.put("x", b"")
+        for call in calls:
             with pytest.raises((ConfigError, StoreError)):
                 call(key)
-        if key != "a/":
+        if key != "a/":  # a folder, of which there are these
+            with pytest.raises(ConfigError):
+                store.stat(key)
             with pytest.raises(ConfigError):
                 store.delete([key])
 

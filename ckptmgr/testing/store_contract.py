@@ -21,13 +21,14 @@ from ..errors import NotFoundError
 from ..store import Store
 from .listing_contract import ListingContract
 from .object_contract import ObjectContract, pattern
+from .piece_contract import PieceContract
 
 
-class StoreContract(ObjectContract, ListingContract):
+class StoreContract(ObjectContract, PieceContract, ListingContract):
     """Each test is one promise of the `Store` protocol.
 
     `shares` is False for a store whose objects a second instance or process does not see; the other
-    two attributes are those of the parts.
+    attributes are those of the parts.
     """
 
     shares = True

@@ -13,14 +13,14 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ckptmgr.manifest import FileEntry, Manifest, digest
+from ckptmgr.manifest import FileEntry, Manifest
 
 RUNS = 5
 
 
 def fill(root: Path, count: int) -> None:
     """Manifests as a training run leaves them; a listing reads nothing else."""
-    files = tuple(FileEntry(f"{name}.safetensors", 1 << 30, digest(b""), (digest(b""),) * 16) for name in "abc")
+    files = tuple(FileEntry.of(f"{name}.safetensors", 1 << 30, [bytes(16)] * 16) for name in "abc")
     for step in range(1, count + 1):
         (root / f"step-{step:08d}").mkdir()
         manifest = Manifest(

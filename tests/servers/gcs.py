@@ -100,6 +100,7 @@ class GcsServer(HttpServer):
         self._buckets: dict[str, dict[str, _Object]] = {}
         self._sessions: dict[str, _Session] = {}
         self._numbers = itertools.count(1_000_000)
+        self.rewritten_at_once = 1 << 40  # bytes
 
     def create_bucket(self, name: str) -> None:
         with self._lock:
@@ -153,9 +154,7 @@ class GcsServer(HttpServer):
             case "POST", "b", bucket, "o", name, "copyTo", "b", to_bucket, "o", to_name:
                 return json_reply(self._copy(request, bucket, name, to_bucket, to_name).resource())
             case "POST", "b", bucket, "o", name, "rewriteTo", "b", to_bucket, "o", to_name:
-                copy = self._copy(request, bucket, name, to_bucket, to_name).resource()
-                sizes = {"objectSize": copy["size"], "totalBytesRewritten": copy["size"]}
-                return json_reply({"kind": "storage#rewriteResponse", "done": True, "resource": copy, **sizes})
+                return self._rewrite(request, bucket, name, to_bucket, to_name)
             case "POST", "b", bucket, "o", name, "moveTo", "o", to_name:
                 moved = self._copy(request, bucket, name, bucket, to_name)
                 if to_name != name:
@@ -211,6 +210,16 @@ class GcsServer(HttpServer):
         source = self._find(bucket, name, query, prefix="ifSource")
         properties = json.loads(request.body or b"{}") or source.properties
         return self._store(to_bucket, to_name, source.data, properties, query)
+
+    def _rewrite(self, request: Request, bucket: str, name: str, to_bucket: str, to_name: str) -> Reply:
+        """As much at a time as `rewritten_at_once` says; the token in the answer is where to go on."""
+        size = len(self._find(bucket, name, {}).data)
+        done = min(int(request.query.get("rewriteToken", "0")) + self.rewritten_at_once, size)
+        answer = {"kind": "storage#rewriteResponse", "objectSize": str(size), "totalBytesRewritten": str(done)}
+        if done < size:
+            return json_reply({**answer, "done": False, "rewriteToken": str(done)})
+        copy = self._copy(request, bucket, name, to_bucket, to_name).resource()
+        return json_reply({**answer, "done": True, "resource": copy})
 
     def _list(self, bucket: str, query: dict[str, str]) -> Reply:
         first, end = query.get("startOffset", ""), query.get("endOffset")

@@ -140,6 +140,8 @@ class OssServer(HttpServer):
                 upload = Upload(f"{next(self._numbers):032X}", key, time.time(), _kept_headers(request))
                 self._uploads[bucket][upload.id] = upload
                 return about_upload("InitiateMultipartUploadResult", request, bucket, key, {"UploadId": upload.id})
+            case ["PUT", "partNumber", "uploadId"] if "x-oss-copy-source" in request.headers:
+                return self._copy_part(request, self._upload(request, bucket, key))
             case ["PUT", "partNumber", "uploadId"]:
                 part = _received(request)
                 self._upload(request, bucket, key).parts[int(request.query["partNumber"])] = part
@@ -165,13 +167,25 @@ class OssServer(HttpServer):
         return self._buckets[bucket]
 
     def _copy(self, request: Request, objects: dict[str, Object], key: str) -> Reply:
-        source = unquote(request.headers["x-oss-copy-source"]).removeprefix("/")
-        from_bucket, _, from_key = source.partition("/")
-        found = _find(self._objects(from_bucket), from_key)
+        found = self._copied(request)
         _check_overwrite(request, objects, key)
         objects[key] = copy = replace(found, modified=time.time(), kind="Normal")
         answer = {"ETag": copy.digests["ETag"], "LastModified": iso_time(copy.modified)}
         return xml_reply("CopyObjectResult", answer, headers=copy.digests)
+
+    def _copy_part(self, request: Request, upload: Upload) -> Reply:
+        found, spoken = self._copied(request), request.headers.get("x-oss-copy-source-range", "bytes=0-")
+        start, _, last = spoken.removeprefix("bytes=").partition("-")
+        stop = int(last) + 1 if last else len(found.data)
+        if not int(start) < stop <= len(found.data):
+            raise RefusedError(416, "InvalidRange", "The requested range cannot be satisfied")
+        part = upload.parts[int(request.query["partNumber"])] = new_object(found.data[int(start) : stop], {})
+        answer = {"ETag": part.digests["ETag"], "LastModified": iso_time(part.modified)}
+        return xml_reply("CopyPartResult", answer, headers=part.digests)
+
+    def _copied(self, request: Request) -> Object:
+        from_bucket, _, from_key = unquote(request.headers["x-oss-copy-source"]).removeprefix("/").partition("/")
+        return _find(self._objects(from_bucket), from_key)
 
     def _upload(self, request: Request, bucket: str, key: str) -> Upload:
         upload = self._uploads[bucket].get(request.query["uploadId"])

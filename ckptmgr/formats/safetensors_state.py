@@ -1,0 +1,151 @@
+"""How are safetensors files read back? `state.json` first, then the tensors' bytes to where they belong."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DamagedError, FormatVersionError
+from ..manifest import FileEntry
+from ..staging import is_dense
+from ..state.snapshot import StoredTensor, Tree
+from ..transfer import Segment
+from . import FileSource
+from .mapping import MappedFiles
+from .safetensors_layout import bytes_of, checked_count
+from .state_file import STATE_NAME, load_torch, read_json, read_objects, read_rng, revive
+from .targets import Landing, fresh, put
+
+SPECIAL_NAME = "tensors.pt"  # tensors that are more than dense numbers
+
+
+class SafetensorsState:
+    """A checkpoint opened: trees with stored tensors, whose `location` is (file, begin, end)."""
+
+    def __init__(self, source: FileSource) -> None:
+        self._source = source
+        body = read_json(source, STATE_NAME, {"entries": dict, "tensors": list, "notes": dict})
+        try:
+            tensors = _stored_tensors(body.pop("tensors"), source.files)  # which frees them
+            self.entries: Mapping[str, Tree] = {entry: revive(tree, tensors) for entry, tree in body["entries"].items()}
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
+            raise DamagedError(f"{STATE_NAME} does not parse: {exc!r}") from exc
+        self.notes: Mapping[str, dict[str, Any]] = body["notes"]
+        self.rng: Tree = read_rng(source)
+
+    def objects(self) -> dict[str, Any]:
+        return read_objects(self._source)
+
+    def fetch(
+        self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"
+    ) -> dict[StoredTensor, torch.Tensor]:
+        """See `StoredState.fetch`. Reads all files at once, each in the order of its bytes; blocks."""
+        lacking = [one for one, target in wanted.items() if target is None and one.location[0] != SPECIAL_NAME]
+        targets: dict[StoredTensor, Any] = {**wanted, **fresh(lacking, device)}
+        special: list[StoredTensor] = []
+        landing = Landing()
+        segments: dict[str, list[Segment]] = defaultdict(list)
+        for stored, target in targets.items():
+            name, begin, end = stored.location
+            if name == SPECIAL_NAME:
+                special.append(stored)
+                continue
+            sink = landing.sink(stored, target)
+            if begin < end:
+                segments[name].append((begin, end, sink))
+        landing.begin()
+        for apart in _rounds(segments):
+            self._source.scatter(apart)
+        landing.end()
+        loaded = load_torch(self._source, SPECIAL_NAME) if special else None
+        for stored in special:
+            tensor = loaded.get(stored.location[1]) if isinstance(loaded, dict) else None
+            if not isinstance(tensor, torch.Tensor):
+                raise DamagedError(f"{SPECIAL_NAME} has no tensor {stored.location[1]!r}")
+            targets[stored] = put(tensor, wanted[stored], device)
+        return targets
+
+    def map(
+        self, folder: Path, wanted: Iterable[StoredTensor], device: str | torch.device = "cpu"
+    ) -> dict[StoredTensor, torch.Tensor]:
+        """The wanted tensors in mappings of the checkpoint's files below its local folder: see `MappedFiles`.
+        No digest is checked. Special ones are fetched."""
+        files = MappedFiles(folder, self._source.files)
+        special: dict[StoredTensor, None] = {}
+        mapped: dict[StoredTensor, torch.Tensor] = {}
+        for stored in wanted:
+            if stored.location[0] == SPECIAL_NAME:
+                special[stored] = None
+            else:
+                mapped[stored] = files.tensor(stored)
+        return mapped | self.fetch(special, device)
+
+
+def _rounds(segments: dict[str, list[Segment]]) -> Iterator[dict[str, list[Segment]]]:
+    """The segments in order, in as many rounds as it takes that none overlaps another: one, unless
+    two tensors of a table lie in the same bytes, which ours never do."""
+    while segments:
+        later: dict[str, list[Segment]] = {}
+        for name, of_file in segments.items():
+            of_file.sort(key=itemgetter(0))
+            if any(one[1] > next_one[0] for one, next_one in pairwise(of_file)):
+                now, reached = [], 0
+                for segment in of_file:
+                    if segment[0] >= reached:
+                        now.append(segment)
+                        reached = segment[1]
+                later[name] = [segment for segment in of_file if segment not in now]
+                segments[name] = now
+        yield segments
+        segments = later
+
+
+def _stored_tensors(rows: Sequence[Any], files: Mapping[str, FileEntry]) -> list[StoredTensor]:
+    """The tensors of the table. Raises `FormatVersionError`, and `DamagedError` or another error for
+    rows that can't be true."""
+    shapes, begins, ends = ([row[i] for row in rows] for i in (3, 4, 5))
+    if not {*map(type, begins), *map(type, ends), *map(type, chain.from_iterable(shapes))} <= {int}:
+        raise DamagedError(f"{STATE_NAME}: a tensor has a size or place that is no whole number")
+    sizes: dict[tuple[str, tuple[int, ...]], tuple[torch.dtype, tuple[int, ...], int]] = {}
+    file_sizes = {name: file.size for name, file in files.items()}
+    tensors: list[StoredTensor] = []
+    for name, key, dtype_name, shape, begin, end, more in rows:
+        kind = (dtype_name, tuple(shape))
+        if kind not in sizes:
+            dtype = _dtype(dtype_name, key)
+            sizes[kind] = dtype, kind[1], bytes_of(dtype, shape)
+        dtype, shape, size = sizes[kind]
+        if name not in file_sizes:
+            raise DamagedError(f"{STATE_NAME}: tensor {key!r} is in {name!r}, which the checkpoint does not have")
+        location, stride, flags = (name, begin, end), None, (False, False)
+        if name == SPECIAL_NAME:
+            location = (name, key, 0)
+        elif not (begin >= 8 and end - begin == size and end <= file_sizes[name]):
+            raise DamagedError(
+                f"{STATE_NAME}: tensor {key!r} of {size:,} bytes can't lie in bytes {begin:,} to {end:,} of {name} "
+                f"({file_sizes[name]:,} bytes)"
+            )
+        if more != {}:
+            flags = (more.get("requires_grad") is True, more.get("parameter") is True)
+            if (strides := more.get("stride")) is not None:
+                stride = tuple(map(checked_count, strides))
+                if len(stride) != len(shape) or not is_dense(shape, stride):
+                    raise DamagedError(f"{STATE_NAME}: tensor {key!r} of shape {shape} can't have the strides {stride}")
+        tensors.append(StoredTensor(shape, dtype, location, stride, *flags))
+    return tensors
+
+
+def _dtype(name: str, key: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise FormatVersionError(
+            f"{STATE_NAME}: tensor {key!r} has dtype {name!r}, which torch {torch.__version__} does not have; "
+            "install a newer torch to read it"
+        )
+    return dtype

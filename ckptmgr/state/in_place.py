@@ -1,0 +1,92 @@
+"""Which stored tensors are read straight into the memory of live ones?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from operator import gt
+
+import torch
+from torch import nn
+
+from .snapshot import StoredTensor, Tree
+
+_TYPES = (torch.Tensor, nn.Parameter)
+_REAL = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool}
+
+
+class InPlace:
+    """Collects offers of memory. Once `settle` was called, `targets` are the tensors to read into."""
+
+    def __init__(self) -> None:
+        self.targets: dict[StoredTensor, torch.Tensor] = {}
+        self._begins: list[int] = []  # of the targets' memory
+        self._ends: list[int] = []
+        self._twins: dict[int, StoredTensor] = {}  # by the id of a tensor with the memory of its leaf's target
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def offer(self, offers: Iterable[tuple[StoredTensor, torch.Tensor]]) -> None:
+        """Have each leaf read straight into the tensor of its shape, where that can be."""
+        targets, begins, ends = self.targets, self._begins, self._ends
+        for leaf, target in offers:
+            if target.dtype != leaf.dtype or not _is_readable_into(target):
+                continue
+            if leaf not in targets:
+                targets[leaf] = target
+                begin = target.data_ptr()
+                begins.append(begin)
+                ends.append(begin + (target.nbytes if target.is_contiguous() else _reach(target)))
+            elif _is_twin(target, targets[leaf]):
+                self._twins[id(target)] = leaf
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """See to it that nothing is read into the memory of these by way of another tensor."""
+        self._kept.update((id(tensor), tensor) for tensor in tensors)
+
+    def settle(self) -> None:
+        """Take offers back where memory was offered twice: it is to hold what is filled in last."""
+        leaves, begins, ends = list(self.targets), self._begins, self._ends
+        for own in self._kept.keys() - set(map(id, self.targets.values())) - self._twins.keys():
+            if _is_readable_into(tensor := self._kept[own]):
+                begins.append(tensor.data_ptr())
+                ends.append(begins[-1] + (tensor.nbytes if tensor.is_contiguous() else _reach(tensor)))
+        # If no two overlap, each ends before the next one begins.
+        if any(map(gt, sorted(ends), islice(sorted(begins), 1, None))):
+            for number in _overlapping(begins, ends):
+                if number < len(leaves):
+                    self.targets.pop(leaves[number], None)
+
+    def has(self, leaf: Tree, target: torch.Tensor) -> bool:
+        """Whether this is a leaf that is read straight into this tensor."""
+        taken = self.targets.get(leaf) if type(leaf) is StoredTensor else None
+        return taken is not None and (taken is target or self._twins.get(id(target)) is leaf)
+
+
+def _is_readable_into(tensor: torch.Tensor) -> bool:
+    """Whether each element of the tensor has memory of its own, which holds just its value."""
+    if type(tensor) not in _TYPES or tensor.layout != torch.strided or not (tensor.is_cpu or not tensor.is_meta):
+        return False
+    if tensor.is_neg() or (tensor.dtype not in _REAL and (tensor.is_conj() or tensor.is_quantized)):
+        return False
+    return tensor.is_contiguous() or torch._debug_has_internal_overlap(tensor) == 0
+
+
+def _is_twin(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.data_ptr(), one.stride(), one.device) == (other.data_ptr(), other.stride(), other.device)
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """How many bytes there are from a tensor's first element to the end of its last."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(last + 1) * tensor.itemsize
+
+
+def _overlapping(begins: list[int], ends: list[int]) -> Iterator[int]:
+    """The numbers of the spans that have a byte in common with another."""
+    widest = None
+    for number in sorted(range(len(begins)), key=begins.__getitem__):
+        if widest is not None and begins[number] < ends[widest]:
+            yield widest
+            yield number
+        if widest is None or ends[number] > ends[widest]:
+            widest = number

@@ -1,0 +1,82 @@
+"""How are many bytes read from a file? Out of the page cache where they are in it, past it where they are not."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import StoreError
+from . import BLOCK
+from .arguments import as_bytes
+from .direct_io import LARGE, is_aligned, is_refusal, open_direct, read_at
+from .disk import InUse, edge
+from .page_cache import is_resident
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class LocalReader:
+    """A `Reader` of the file that is open under `fd`, which it closes. Also closed when dropped."""
+
+    def __init__(self, fd: int, path: Path) -> None:
+        self._fd, self._path = fd, path
+        self._size = os.fstat(fd).st_size
+        self._direct = open_direct(path, fd) if self._size >= LARGE else None
+        self._goes_direct = self._direct is not None
+        self._lock = threading.Lock()
+        self._in_use = InUse(weakref.finalize(self, _close, fd, self._direct))
+
+    def is_cached(self, start: int, end: int) -> bool:
+        """True, too, where the page cache is the only way, and more memory would only be a detour."""
+        with self._at_work():
+            return not self._goes_direct or self._is_resident(start, end)
+
+    def read_into(self, start: int, buffers: Sequence[Buffer]) -> int:
+        views = [memoryview(buffer) for buffer in buffers]
+        with self._at_work():
+            done = self._read_direct(start, as_bytes(views[0])) if len(views) == 1 else 0
+            if done:
+                views = [as_bytes(views[0])[done:]]
+            return done + read_at(self._fd, start + done, views, self._lock)
+
+    def close(self) -> None:
+        self._in_use.end()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        try:
+            with self._in_use, edge("read", self._path):
+                yield
+        except LookupError:
+            raise StoreError(f"the reader of {self._path} is closed; open a new one") from None
+
+    def _is_resident(self, start: int, end: int) -> bool:
+        end = min(end, self._size)
+        return start >= end or is_resident(self._fd, start, end)
+
+    def _read_direct(self, start: int, view: memoryview) -> int:
+        """How many bytes came past the page cache: all, the first ones, or none where it is not the way."""
+        if not self._goes_direct or self._direct is None:
+            return 0
+        fits = not (start % BLOCK or view.nbytes % BLOCK) and is_aligned(view)
+        if not fits or self._is_resident(start, start + view.nbytes):
+            return 0
+        try:
+            return os.preadv(self._direct, [view], start)
+        except OSError as exc:
+            if not is_refusal(exc):
+                raise
+            self._goes_direct = False
+            return 0
+
+
+def _close(fd: int, direct: int | None) -> None:
+    for each in (fd, direct):
+        if each is not None:
+            os.close(each)

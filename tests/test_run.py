@@ -1,0 +1,279 @@
+"""A writer remembers what it wrote, asks only for what others may have changed, and harms nothing they did."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from ckptmgr import CheckpointManager
+from ckptmgr.errors import StoreError
+from ckptmgr.manifest import CheckpointInfo, Manifest
+from ckptmgr.repository import Repository
+from ckptmgr.store import Entry
+from ckptmgr.testing import MemoryStore
+
+NOW = datetime(2020, 1, 1, tzinfo=UTC)
+
+
+class Noting(MemoryStore):
+    """Notes what is asked of it: (method, key)."""
+
+    def __init__(self) -> None:
+        super().__init__(can_rename=False)
+        self.calls: list[tuple[str, str]] = []
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        self.calls.append(("get", key))
+        return super().get(key, start, end)
+
+    def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
+        self.calls.append(("list", folder))
+        return super().list(folder, recursive=recursive)
+
+    def stat(self, key: str) -> Entry | None:
+        self.calls.append(("stat", key))
+        return super().stat(key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        keys = list(keys)
+        self.calls += [("delete", key) for key in keys]
+        super().delete(keys)
+
+    def manifests_read(self) -> Counter[str]:
+        names = (key.split("/")[0] for method, key in self.calls if method == "get" and key.endswith("/manifest.json"))
+        return Counter(names)
+
+
+def manager(store: MemoryStore, **settings: Any) -> CheckpointManager:
+    return CheckpointManager("root", store=store, background=False, run="run", **settings)
+
+
+def fill(store: MemoryStore, steps: Iterable[int]) -> None:
+    """Checkpoints of a first attempt, whose claim is recorded, without data."""
+    store.put(".ckptmgr/lease/0000000001.json", b"{}")
+    store.put(".ckptmgr/lease/0000000001.beat", b'{"released": true}')
+    for step in steps:
+        about = Manifest(
+            step=step, run="run", attempt=1, nonce=f"{step:016x}", time=NOW, format="safetensors", files=()
+        )
+        store.put(f"step-{step:08d}/manifest.json", about.to_json())
+
+
+def started(store: MemoryStore, **settings: Any) -> CheckpointManager:
+    mgr = manager(store, **settings)
+    mgr.save({"x": 1}, 1)
+    return mgr
+
+
+def put_into(store: MemoryStore, step: int, attempt: int) -> None:
+    about = Manifest(step=step, run="run", attempt=attempt, nonce="c0ffee", time=NOW, format="raw", files=())
+    store.put(f"step-{step:08d}/manifest.json", about.to_json())
+
+
+# What is read
+
+
+def test_a_resume_without_keep_rules_lists_the_root_once_and_reads_one_checkpoint() -> None:
+    store = Noting()
+    with manager(store, keep={"last": None}) as mgr:
+        for step in range(1, 31):
+            mgr.save({"x": step}, step)
+    store.calls.clear()
+    with manager(store, keep={"last": None}) as mgr:
+        assert mgr.resume().values == {"x": 30}
+        assert store.manifests_read() == {"step-00000030": 1}
+        assert store.calls.count(("list", "")) == 1
+
+
+def test_a_resume_with_keep_rules_lists_the_root_once_and_reads_each_manifest_once() -> None:
+    store = Noting()
+    with manager(store, keep={"last": 20}) as mgr:
+        for step in range(1, 31):
+            mgr.save({"x": step}, step)
+    store.calls.clear()
+    with manager(store, keep={"last": 5}) as mgr:
+        mgr.resume()
+        opened = store.manifests_read()
+        assert [opened[f"step-{step:08d}"] for step in (30, 26)] == [1, 1]
+        assert set(opened) == {f"step-{step:08d}" for step in range(11, 31)}
+        assert store.calls.count(("list", "")) == 1
+        assert mgr.all_steps() == [26, 27, 28, 29, 30]
+
+
+def test_a_reader_finds_the_newest_by_one_manifest() -> None:
+    store = Noting()
+    with started(store, keep={"last": None}) as writer:
+        for step in range(2, 40):
+            writer.save({"x": step}, step)
+        store.calls.clear()
+        reader = manager(store, read_only=True)
+        assert (reader.latest_step(), reader.info("latest").step) == (39, 39)
+        assert reader.load()["x"] == 39
+        assert set(store.manifests_read()) == {"step-00000039"}
+
+
+def test_a_writer_that_has_not_saved_yet_finds_the_newest_by_one_manifest() -> None:
+    store = Noting()
+    fill(store, range(1, 50))
+    with manager(store, keep={"last": None}) as mgr:
+        mgr._run.hold()
+        store.calls.clear()
+        assert mgr.latest_step() == 49
+        assert set(store.manifests_read()) == {"step-00000049"}
+
+
+@pytest.mark.parametrize("keep", [{"last": None}, {"last": 1000}, {"last": 3, "every_steps": 1}, {"last": 3}])
+def test_a_save_asks_as_much_of_the_store_whatever_the_number_of_checkpoints(keep: dict[str, Any]) -> None:
+    asked = []
+    for count in (5, 300):
+        store = Noting()
+        fill(store, range(1, count + 1))
+        with manager(store, keep=keep) as mgr:
+            info = mgr.info("latest")
+            mgr._run.go_on_from(info, mgr._run.listing())
+            mgr._run.rotate()
+            mgr.save({"x": 1}, count + 1)
+            store.calls.clear()
+            mgr.save({"x": 1}, count + 2)
+            asked.append(Counter(method for method, _ in store.calls))
+    assert asked[0] == asked[1]
+    assert asked[0]["list"] <= 5
+    assert asked[0]["get"] <= 4
+
+
+def test_a_tag_is_looked_for_among_what_is_known() -> None:
+    store = Noting()
+    with started(store) as mgr:
+        mgr.save({"x": 2}, 2, tags=["paper"])
+        store.calls.clear()
+        mgr.save({"x": 3}, 3, tags=["talk"])
+        assert store.manifests_read() == {}
+
+
+# What others do meanwhile
+
+
+def test_a_pin_set_by_a_reader_holds_at_the_very_next_save_until_it_is_taken_away() -> None:
+    store = MemoryStore(can_rename=False)
+    with started(store, keep={"last": 2}) as mgr:
+        for step in (2, 3):
+            mgr.save({"x": step}, step)
+        manager(store, read_only=True).pin(2, "eval")
+        for step in (4, 5, 6):
+            mgr.save({"x": step}, step)
+        assert mgr.all_steps() == [2, 5, 6]
+        manager(store, read_only=True).unpin(2)
+        mgr.save({"x": 7}, 7)
+        assert mgr.all_steps() == [6, 7]
+
+
+def test_a_mark_of_damage_counts_at_the_very_next_save() -> None:
+    store = MemoryStore(can_rename=False)
+    with started(store, keep={"last": 2}) as mgr:
+        for step in (2, 3):
+            mgr.save({"x": step}, step)
+        mgr._run.repository.mark_damaged(mgr.info(3), "bit rot")
+        mgr.save({"x": 4}, 4)
+        assert mgr.all_steps() == [2, 4]  # 3 counts for nothing
+
+
+def test_what_somebody_deleted_is_no_error_and_counts_for_nothing_when_it_was_to_stay() -> None:
+    store = MemoryStore(can_rename=False)
+    with started(store, keep={"last": 2, "min_good": 3}) as mgr:
+        for step in range(2, 7):
+            mgr.save({"x": step}, step)
+        assert mgr.all_steps() == [4, 5, 6]
+        store.delete(["step-00000005/", "step-00000006/"])
+        mgr.save({"x": 7}, 7)
+        assert mgr.all_steps() == [4, 7]  # by what was known, 4 was one too many
+        store.delete(["step-00000004/"])
+        for step in range(8, 12):
+            mgr.save({"x": step}, step)
+        assert mgr.all_steps() == [9, 10, 11]
+
+
+def test_the_latest_step_is_what_the_store_says_not_what_was_saved() -> None:
+    store = MemoryStore(can_rename=False)
+    with started(store) as mgr:
+        mgr.save({"x": 2}, 2)
+        store.delete(["step-00000002/"])
+        assert (mgr.latest_step(), mgr.all_steps(), mgr.info().step) == (1, [1], 1)
+
+
+def test_a_checkpoint_of_a_later_attempt_carried_in_by_hand_is_archived_and_costs_none_of_ours() -> None:
+    store = MemoryStore(can_rename=False)
+    with started(store, keep={"last": 2}) as mgr:
+        for step in (2, 3):
+            mgr.save({"x": step}, step)
+    put_into(store, 1, attempt=9)
+    with manager(store, keep={"last": 2}) as mgr:
+        assert mgr.resume().step == 3
+        mgr.save({"x": 4}, 4)
+        assert mgr.all_steps() == [3, 4]
+        assert [aside.name for aside in mgr._run.repository.archived()] == ["step-00000001"]
+
+
+def test_prune_looks_at_the_store_again() -> None:
+    store = MemoryStore(can_rename=False)
+    with started(store, keep={"last": 2}) as mgr:
+        mgr.save({"x": 2}, 2)
+        put_into(store, 0, attempt=1)
+        assert [verdict.info.step for verdict in mgr.prune().drop] == [0]
+
+
+def test_after_a_deletion_on_request_the_rules_are_asked_anew() -> None:
+    store = MemoryStore(can_rename=False)
+    with started(store, keep={"last": 3}) as mgr:
+        for step in (2, 3):
+            mgr.save({"x": step}, step)
+        mgr.delete(2)
+        mgr.save({"x": 4}, 4)
+        assert mgr.all_steps() == [1, 3, 4]
+
+
+def test_a_failed_deletion_is_made_up_for_at_the_next_save(caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(MemoryStore):
+        fails = False
+
+        def delete(self, keys: Iterable[str]) -> None:
+            keys = list(keys)
+            if self.fails and any(key.startswith("step-") for key in keys):
+                raise StoreError("could not delete")
+            super().delete(keys)
+
+    store = Failing(can_rename=False)
+    with started(store, keep={"last": 2}) as mgr:
+        mgr.save({"x": 2}, 2)
+        store.fails = True
+        with caplog.at_level(logging.WARNING):
+            mgr.save({"x": 3}, 3)
+        assert "retention.failed step=3" in caplog.text
+        store.fails = False
+        mgr.save({"x": 4}, 4)
+        assert mgr.all_steps() == [3, 4]
+
+
+def test_overwriting_replaces_the_one_that_is_there_and_the_rules_go_on() -> None:
+    store = MemoryStore(can_rename=True)
+    with started(store, keep={"last": 2}) as mgr:
+        for step in (2, 2, 3, 3):
+            mgr.save({"x": step}, step, overwrite=True)
+        assert sorted(info.name for info in mgr._run.infos()) == ["step-00000002.2", "step-00000003.2"]
+
+
+def test_what_was_deleted_is_seen_before_anything_goes_not_only_by_its_name() -> None:
+    store = MemoryStore(can_rename=False)
+    repository = Repository(store)
+    put_into(store, 1, attempt=1)
+    (info,) = repository.infos()
+    assert repository.is_there(info)
+    put_into(store, 1, attempt=2)
+    other = CheckpointInfo(info.name, 1, None, "torn")
+    assert (repository.is_there(info), repository.is_there(other)) == (True, False)
+    store.put(f"{info.name}/manifest.json", b"torn")
+    assert not repository.is_there(info)
