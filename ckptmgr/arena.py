@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate
 from operator import itemgetter
@@ -45,7 +46,7 @@ class Arena:
         self._pool: ThreadPoolExecutor | None = None
         self._touched = _done()
         self._pid = os.getpid()
-        self._is_pinned = False
+        self._is_pinned: bool | None = None  # until it is tried
 
     def has_room(self, size: int) -> bool:
         """Whether `size` bytes fit, in what is there already or could be made."""
@@ -53,26 +54,28 @@ class Arena:
         if size <= own:
             return True
         free = available()
-        return (self._limit is None or size <= self._limit) and (free is None or size - own <= free - _RESERVE)
+        reserve = min(_RESERVE, size)
+        return (self._limit is None or size <= self._limit) and (free is None or size - own <= free - reserve)
 
     def prepare(self, size: int) -> Future[None]:
         """Make room for `size` bytes, and have a thread touch every page of it: the first use of memory
         costs more than the copy. `hold` waits for it. Raises `MemoryError`."""
         if size > self._size:
             memory = self._reserve(size)
-            self._touched = self._threads().submit(_touch, memory)
+            with suppress(RuntimeError):  # the interpreter ends and starts no thread
+                self._touched = self._threads().submit(_touch, memory)
         return self._touched
 
     def hold(self, regions: Mapping[str, Region], flat: FlatSnapshot) -> Staged:
         """Copy the tensors. At return the caller may change those in host memory, and use those on a
         device in its current stream: the copies come first there. What was held before is overwritten.
         Raises `MemoryError`."""
-        self._touched.result()
+        self._wait_for_touch()
         memory = self._reserve(staged_size(regions))
         program = self._program
         if program is None or program.shape is not flat.shape or program.regions is not regions:
             program = self._program = _Program(regions, flat, memory)
-        if program.device and not self._is_pinned:
+        if program.device and self._is_pinned is None:
             self._is_pinned = _pin(memory)
         program.copy_small(flat)
         self._in_two_threads(program.large(flat), program.large_bytes)
@@ -80,11 +83,10 @@ class Arena:
 
     def release(self) -> None:
         """Give the memory back."""
-        self._touched.result()
-        if self._memory is not None and self._is_pinned and self._pid == os.getpid():
+        self._wait_for_touch()
+        if self._memory is not None and self._is_pinned:
             torch.cuda.cudart().cudaHostUnregister(address(self._memory))  # type: ignore[no-untyped-call]
-        self._memory = self._program = None
-        self._is_pinned = False
+        self._memory = self._program = self._is_pinned = None
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -93,14 +95,18 @@ class Arena:
     def _size(self) -> int:
         if self._pid != os.getpid():  # forked: the memory stayed with the parent, and so did the thread
             self._memory = self._program = self._pool = None
-            self._touched, self._is_pinned = _done(), False
+            self._touched, self._is_pinned = _done(), None
             self._pid = os.getpid()
         return 0 if self._memory is None else len(self._memory)
+
+    def _wait_for_touch(self) -> None:
+        if self._size:  # else there is none, or the thread stayed with the parent
+            self._touched.result()
 
     def _reserve(self, size: int) -> memoryview:
         if self._size < size or self._memory is None:
             self.release()
-            self._memory = buffer(size)
+            self._memory = buffer(size)  # after an error there is none
         return self._memory
 
     def _threads(self) -> ThreadPoolExecutor:
@@ -123,9 +129,14 @@ class Arena:
                     return
                 task()
 
-        other = self._threads().submit(work)
-        work()
-        other.result()
+        other = _done()
+        with suppress(RuntimeError):  # the interpreter ends and starts no thread
+            other = self._threads().submit(work)
+        try:
+            work()
+        finally:
+            todo.clear()  # after an error the other one stops, too: what it reads from may go any moment
+            other.result()
 
 
 class _Program:

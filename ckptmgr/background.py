@@ -96,19 +96,29 @@ class Worker:
         in_background: bool,
     ) -> Pending:
         """Start a save, or make it now; `after` is called when it has ended, in the thread where it ran."""
-        if in_background:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, "ckptmgr-save", priority.lower)
-            future = self._pool.submit(save)
-        else:
-            future = Future()
-            try:
-                future.set_result(save())
-            except Exception as exc:  # noqa: BLE001 - carried to the caller by the Pending, like a thread's
-                future.set_exception(exc)
-        self.pending = Pending(step, root, future, in_background=in_background)
+        future = self._queued(step, root, save) if in_background else None
+        if future is None:
+            future = _made(save)
+            self.pending = Pending(step, root, future, in_background=False)
         future.add_done_callback(lambda _: after())
+        assert self.pending is not None
         return self.pending
+
+    def _queued(self, step: int, root: str, save: Callable[[], CheckpointInfo]) -> Future[CheckpointInfo] | None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "ckptmgr-save", priority.lower)
+        try:
+            future = self._pool.submit(save)
+            self.pending = Pending(step, root, future, in_background=True)
+        except RuntimeError:  # the interpreter is on its way out and starts no thread: now or never
+            return None
+        except BaseException:
+            # Interrupted, and perhaps queued all the same: nobody would know of that save, and the next
+            # one would overwrite what it writes from.
+            self._pool.shutdown()
+            self._pool = None
+            raise
+        return future
 
     @property
     def is_busy(self) -> bool:
@@ -146,3 +156,13 @@ class Worker:
         """Wait for the save in flight and end the thread."""
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def _made(save: Callable[[], CheckpointInfo]) -> Future[CheckpointInfo]:
+    """A save made at once."""
+    future: Future[CheckpointInfo] = Future()
+    try:
+        future.set_result(save())
+    except Exception as exc:  # noqa: BLE001 - carried to the caller by the Pending, like a thread's
+        future.set_exception(exc.with_traceback(None))  # whose frames would hold what the caller saves
+    return future

@@ -109,6 +109,8 @@ class CheckpointManager(Catalog):
         self._last_call = (state, step, epoch, metrics)
         if self._schedule.is_quiet(step, epoch):
             return None
+        if self._is_closed:
+            self._settle()  # which says so
         self._schedule.calm()  # before the look at failures: one that comes later alerts again
         self._worker.raise_failure()
         request = self._request(step, epoch, metrics, overwrite=self.config.overwrite)
@@ -233,6 +235,8 @@ class CheckpointManager(Catalog):
 
     def _let_go(self) -> None:
         self._is_closed = True
+        self._last_call = None
+        self._schedule.alert()  # the next call is told, not let pass
         try:
             if self._request_file is not None:
                 self._request_file.stop()
@@ -240,7 +244,9 @@ class CheckpointManager(Catalog):
             self._worker.close()
             self._saver.close()
         finally:
-            self._run.release()
+            # Interrupted here, the save goes on, and so does its hold on the root until the process ends.
+            if not self._worker.is_busy:
+                self._run.release()
 
     # At start-up
 
@@ -394,14 +400,15 @@ class CheckpointManager(Catalog):
                 "or save another step"
             )
         self._run.repository.names.format(request.step, request.epoch, self._run.name or "")  # now, not in the thread
+        heard = self._schedule.heard()  # what comes while the state is copied or written is for the next save
         pending = self._saver.start(as_mapping(state), request, self._worker, self._schedule.alert)
-        self._note_saved(request)
+        self._note_saved(request, heard)
         if not pending.in_background:
             self._worker.raise_failure()
         return pending
 
-    def _note_saved(self, request: Request) -> None:
-        self._schedule.saved(request.step, request.epoch)
+    def _note_saved(self, request: Request, heard: tuple[int, int] | None = None) -> None:
+        self._schedule.saved(request.step, request.epoch, heard)
         if self._worker.pending is not None and self._worker.pending.done():
             self._schedule.alert()  # it may have alerted before `saved` took that back
 

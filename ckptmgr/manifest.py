@@ -25,6 +25,7 @@ MAX_MANIFEST_SIZE = 64 << 20  # bytes; more is not a manifest
 
 _SAMPLE_STEP = 1234567890  # long enough to show separators and exponents
 _FILE_PART = re.compile(r"[A-Za-z0-9._+=@%~-]+")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _FOLDER = re.compile(r"[A-Za-z0-9_+=@%~-][A-Za-z0-9._+=@%~-]*")
 
 
@@ -193,6 +194,9 @@ def _file_to_json(file: FileEntry) -> dict[str, Any]:
 
 
 def _file_from_json(body: Any, version: int) -> FileEntry:
+    odd = [text for text in (body["digest"], *body.get("pieces", ())) if not _DIGEST.fullmatch(text)]
+    if odd:
+        raise DamagedError(f"manifest has {odd[0]!r:.60} for a digest of {body['name']!r}")
     entry = FileEntry(
         checked_name(body["name"]),
         _whole(body["size"]),

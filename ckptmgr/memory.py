@@ -10,7 +10,8 @@ from pathlib import Path
 
 HUGE_PAGE = 2 << 20  # bytes
 
-_ADVICE = [getattr(mmap, name) for name in ("MADV_HUGEPAGE", "MADV_DONTFORK") if hasattr(mmap, name)]
+_WIPE_ON_FORK = 18  # MADV_WIPEONFORK of Linux. Not DONTFORK: the child would unmap what it has put there since
+_ADVICE = [mmap.MADV_HUGEPAGE, _WIPE_ON_FORK] if sys.platform == "linux" and hasattr(mmap, "MADV_HUGEPAGE") else []
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -18,8 +19,8 @@ def buffer(size: int) -> memoryview:
     """Fresh memory of `size` bytes that begins at a page boundary; freed when nothing refers to it.
 
     In huge pages where the system offers them: a page fault per 2 MiB in the place of 512 of them
-    makes the first use four times as fast. A forked child does not have it: else every page written
-    after the fork would be copied first. Raises `MemoryError`.
+    makes the first use four times as fast. A forked child does not share it: else every page written
+    after the fork would be copied first; it finds zeros there. Raises `MemoryError`.
     """
     try:
         area = mmap.mmap(-1, max(size, 1), **({} if sys.platform == "win32" else {"flags": _PRIVATE}))

@@ -196,11 +196,11 @@ class Run:
     def known(self) -> list[CheckpointInfo]:
         """The run's checkpoints with their pins and known damage as they are now, newest first. What this
         writer knows is not read again."""
-        if not self.is_begun:
-            return self.infos()
+        return self._with(*self.repository.records()) if self.is_begun else self.infos()
+
+    def _with(self, pins: list[Pin], marks: dict[tuple[str, str], str]) -> list[CheckpointInfo]:
         if self._known is None:
             self._known = {info.name: info for info in self.infos()}
-        pins, marks = self._records = self.repository.records()
         by_name: dict[tuple[str, str], list[Pin]] = {}
         for pin in pins:
             by_name.setdefault((pin.name, pin.nonce), []).append(pin)
@@ -256,8 +256,9 @@ class Run:
         self._carry_out(made)
 
     def _judge(self) -> Plan:
+        self._records = self.repository.records()
         # Of one whose manifest can't be read only a person can tell what it was.
-        judged = [info for info in self.known() if info.manifest is not None]
+        judged = [info for info in self._with(*self._records) if info.manifest is not None]
         return self._rotation.plan(judged, datetime.now(UTC))
 
     def _carry_out(self, made: Plan) -> None:

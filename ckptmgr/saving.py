@@ -7,10 +7,13 @@ import math
 import operator
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from .coordinator import Coordinator
 from .errors import AlreadyExistsError, ConfigError, FencedError, SaveFailedError
 from .formats import Plan, open_format
 from .manifest import CheckpointInfo, Manifest
+from .repository import Repository
 from .run import Run
 from .sharing import Sharing
 from .staging import Held, Live
@@ -54,8 +58,9 @@ class Saver:
         self._run, self._config, self._ranks = run, config, ranks
         self._format = open_format(config.format, split_size_bytes=config.split_size)
         self._recorder, self._arena = Recorder(), Arena(config.max_staging)
-        store, on_damage = run.repository.store, run.repository.mark_damaged
-        self._sharing = Sharing(store, on_damage) if config.share_unchanged else None
+        self._sharing = (
+            Sharing(run.repository.store, partial(_mark_damaged, run.repository)) if config.share_unchanged else None
+        )
         self._is_told = False  # that the state does not fit into memory a second time
         self._fingerprint = config.fingerprint()
 
@@ -95,12 +100,16 @@ class Saver:
         stall = time.monotonic() - began
 
         def save() -> CheckpointInfo:
+            nonlocal plan, flat, held
             try:
                 info = self._write(plan, flat, held, about, request)
             except Exception as exc:
                 # The caller hears of it at its next call; a script that makes none has this line.
                 _log.error("save.failed step=%d url=%s cause=%s", request.step, self._run.url, exc)
+                _forget_state(exc)
                 raise
+            finally:
+                del plan, flat, held  # whoever holds the error holds this frame, but not the state
             size = info.manifest.size if info.manifest else 0
             _log.info(
                 "save.commit.done step=%d url=%s/%s bytes=%d stall_s=%.3f durable_s=%.3f reason=%s",
@@ -118,12 +127,15 @@ class Saver:
     def make_room(self, size: int) -> Future[None]:
         """Make the memory for a copy of `size` bytes, in the background, where it is going to be used."""
         wanted = size if self._config.background and self._arena.has_room(size) else 0
-        return self._arena.prepare(wanted)
+        try:
+            return self._arena.prepare(wanted)
+        except MemoryError:  # the first save tries again, and tells of it
+            return self._arena.prepare(0)
 
     def goes_on_from(self, info: CheckpointInfo) -> None:
         """The next save may share files with this checkpoint."""
         if self._sharing is not None:
-            self._sharing.offer(info)
+            self._sharing.found(info)
 
     def close(self) -> None:
         """Give the memory back. No save may be in flight."""
@@ -135,14 +147,15 @@ class Saver:
             return None
         size = staged_size(plan.regions)
         if self._arena.has_room(size):
-            return self._arena.hold(plan.regions, flat)
+            with suppress(MemoryError):
+                return self._arena.hold(plan.regions, flat)
         if not self._is_told:
             self._is_told = True
             limit = self._config.max_staging
-            why = "of memory are not free" if limit is None else f"are more than max_staging: {limit:,}"
+            why = "more than is free" if limit is None else f"more than is free or than max_staging, {limit:,}"
             _log.warning(
-                "save.synchronous bytes=%d: training waits for the whole save, as the %s bytes of a copy %s",
-                size, f"{size:,}", why,
+                "save.synchronous: training waits for the whole save, as a copy of the state takes %s bytes, %s",
+                f"{size:,}", why,
             )  # fmt: skip
         return None
 
@@ -160,7 +173,9 @@ class Saver:
         try:
             draft = repository.begin(request.step, request.epoch, about.run)
             try:
-                plan.write(flat, held, draft if self._sharing is None else self._sharing.sink(draft))
+                sharing = self._sharing
+                sink = draft if sharing is None else sharing.sink(draft, lambda: repository.records()[1])
+                plan.write(flat, held, sink)
                 info = draft.commit(about, self._config.verify.on_save, self._run.check, pin=request.pin)
             except BaseException:
                 draft.abort()
@@ -171,7 +186,8 @@ class Saver:
             raise SaveFailedError(
                 f"step {request.step} was not saved to {self._run.url}: {exc}; the checkpoints before it are untouched"
             ) from exc
-        self.goes_on_from(info)
+        if self._sharing is not None:
+            self._sharing.offer(info)
         self._run.committed(info, replaces=request.overwrite)
         return info
 
@@ -212,6 +228,21 @@ def as_count(value: Any, name: str) -> int:
     return count
 
 
+def _mark_damaged(repository: Repository, info: CheckpointInfo, reason: str) -> None:
+    if repository.is_there(info):  # what was deleted meanwhile is not damaged
+        repository.mark_damaged(info, reason)
+
+
+def _forget_state(error: BaseException | None) -> None:
+    """Take an error's way off it: its frames, and those that called them, hold the state for as long as
+    anyone holds the error."""
+    _log.debug("save.failed.traceback", exc_info=error)
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 def expected_bytes(objects: Mapping[str, Any]) -> int:
     """About how many bytes the tensors of modules and optimizers will have once training has begun."""
     total = 0
@@ -223,7 +254,7 @@ def expected_bytes(objects: Mapping[str, Any]) -> int:
                 # Adam and its kin keep two or three numbers per parameter, momentum one.
                 count = 2 + bool(group.get("amsgrad")) if "betas" in group else int(bool(group.get("momentum")))
                 total += count * sum(p.nbytes for p in group["params"] if p.requires_grad and not _is_lazy(p))
-    return total
+    return total + total // 128 + (1 << 20) if total else 0  # with headers, step counts and page ends
 
 
 def _is_lazy(tensor: torch.Tensor) -> bool:

@@ -75,13 +75,21 @@ class Schedule:
         """Whether a signal or a request has come that no save has answered yet."""
         return bool(self._requests or self._signals.pending)
 
-    def saved(self, step: int, epoch: int | None) -> None:
-        """A save of this step was begun, or its state restored: clocks and multiples go on from here."""
+    def heard(self) -> tuple[int, int]:
+        """How many requests and signals have come that no save has answered: a save begun now answers those."""
+        return len(self._requests), self._signals.count
+
+    def saved(self, step: int, epoch: int | None, heard: tuple[int, int] | None = None) -> None:
+        """A save of this step was begun, or its state restored: clocks and multiples go on from here. It
+        answers what had been `heard` when the state was captured; None: all that has come until now."""
+        requests, signals = heard or self.heard()
         self.last_step, self._last_time = step, self._clock()
         self._last_epoch = self._last_epoch if epoch is None else epoch
         self._look_ahead()  # first, as above
-        self._signals.take()
-        self._requests.clear()
+        self._signals.take(signals)
+        del self._requests[:requests]
+        if self.is_asked:
+            self.alert()
 
     def _look_ahead(self) -> None:
         now = Moment(self.last_step, self._last_epoch, last_step=self.last_step, last_epoch=self._last_epoch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -55,8 +55,13 @@ class Sharing:
         self._looked_at: dict[str, tuple[bytes, float]] = {}
         self._is_possible = True  # as long as the store does not say otherwise
 
+    def found(self, info: CheckpointInfo) -> None:
+        """A checkpoint is the last one now, whoever wrote it: its files are read before they are shared."""
+        self._looked_at = {}
+        self.offer(info)
+
     def offer(self, info: CheckpointInfo) -> None:
-        """A checkpoint is the last one now: written by this process, or found by it."""
+        """The save that went through the last `sink` is the last checkpoint now."""
         self._known = []
         for file in info.manifest.files if info.manifest else ():
             if file.size >= _SMALLEST:
@@ -65,9 +70,15 @@ class Sharing:
                 self._known.append(_Known(info, file, sample, checked))
         self._looked_at = {}
 
-    def sink(self, draft: Draft) -> SharingSink:
-        """The draft, but that files which are there already are not written."""
+    def sink(self, draft: Draft, damaged: Callable[[], Collection[tuple[str, str]]] = tuple) -> SharingSink:
+        """The draft, but that files which are there already are not written. `damaged` gives the folders and
+        nonces of checkpoints that are known to be so: nothing is shared with those."""
         self._looked_at = {}
+        if self._known:
+            odd = damaged()
+            self._known = [
+                k for k in self._known if k.info.manifest and (k.info.name, k.info.manifest.nonce) not in odd
+            ]
         return SharingSink(draft, self)
 
     def find(self, name: str, body: Body) -> tuple[str, FileEntry] | None:
@@ -120,15 +131,14 @@ class SharingSink:
         self._draft.write({name: body for name, body in bodies.items() if not self._is_shared(name, body)})
 
     def _is_shared(self, name: str, body: Body) -> bool:
-        found = self._sharing.find(name, body)
-        if found is None:
-            return False
         try:
-            if self._draft.link(name, *found):
-                return True
-        except CheckpointError as exc:  # such as: the other checkpoint was deleted meanwhile
-            _log.debug("save.share.failed file=%s cause=%s (it is written)", name, exc)
+            found = self._sharing.find(name, body)
+            if found is None or self._draft.link(name, *found):
+                return found is not None
+        except CheckpointError as exc:  # such as: the other checkpoint was deleted meanwhile, or can't be read
+            _log.info("save.share.failed file=%s cause=%s (it is written)", name, exc)
             return False
+        _log.info("save.share.refused file=%s: the store can't share files; all are written", name)
         self._sharing.refused()
         return False
 

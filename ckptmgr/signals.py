@@ -59,10 +59,17 @@ class SignalWatch:
         """The names of signals seen and not yet taken, each once, in order."""
         return tuple(dict.fromkeys(self._seen)) if self._seen else ()
 
-    def take(self) -> tuple[str, ...]:
-        """The pending names, which are then no longer pending."""
+    @property
+    def count(self) -> int:
+        """How many signals are pending, equal ones counted."""
+        return len(self._seen)
+
+    def take(self, count: int | None = None) -> tuple[str, ...]:
+        """The names of the first so many pending ones (None: of all), which are then no longer pending."""
         taken = []
-        while self._seen:  # one at a time: a signal may arrive between any two instructions
+        for _ in range(
+            len(self._seen) if count is None else count
+        ):  # one at a time: a signal may arrive between any two instructions
             taken.append(self._seen.popleft())
         return tuple(dict.fromkeys(taken))
 

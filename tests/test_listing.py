@@ -196,6 +196,37 @@ def test_a_name_that_tells_another_step_than_its_manifest_has_everything_read() 
     assert newest(repository) == "v1.5.500"
 
 
+def test_names_of_another_template_have_everything_read() -> None:
+    store = Counting()
+    acquire(store).release()
+    for name, step in (("3.100", 100), ("2.300", 300), ("1.200", 200)):  # by "{epoch}.{step}"
+        store.put(f"{name}/manifest.json", manifest(step).to_json())
+    assert newest(Repository(store, names=NameTemplate("{step}"))) == "2.300"
+
+
+def test_of_equal_steps_the_later_one_is_newest_whatever_their_names() -> None:
+    store = Counting()
+    acquire(store).release()
+    for name, minute in (("step-00000010", 7), ("step-00000010.2", 3), ("step-00000009", 1)):
+        store.put(f"{name}/manifest.json", manifest(int(name[5:13]), minute=minute).to_json())
+    assert newest(Repository(store)) == "step-00000010"
+
+
+def test_one_whose_name_tells_no_step_takes_its_place_among_the_others() -> None:
+    store = Counting()
+    acquire(store).release()
+    fill(store, (1, 2, 4, 5))
+    store.put("final/manifest.json", manifest(3).to_json())
+    assert [info.step for info in Repository(store).listing().newest_first()] == [5, 4, 3, 2, 1]
+
+
+def test_where_no_attempt_is_recorded_everything_is_read() -> None:
+    store = Counting()
+    fill(store, (1, 2), attempt=1)
+    fill(store, (3, 4), attempt=0)
+    assert newest(Repository(store)) == "step-00000002"
+
+
 def test_a_newer_format_is_noticed_when_it_is_come_to() -> None:
     store = Counting()
     acquire(store).release()

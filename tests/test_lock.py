@@ -17,7 +17,7 @@ import pytest
 
 from ckptmgr import lock as lock_module
 from ckptmgr.errors import FencedError, StoreError
-from ckptmgr.lock import FileLock, Lease, acquire
+from ckptmgr.lock import FileLock, Lease, acquire, last_writer
 from ckptmgr.store.local import LocalStore
 from ckptmgr.testing import MemoryStore
 
@@ -46,6 +46,42 @@ def test_attempts_rise_above_every_earlier_one(store: Any) -> None:
     again = acquire(store, floor=3)
     assert again.attempt == 9
     again.release()
+
+
+def test_the_last_writers_number_can_be_read_while_it_writes_and_after_it_has_left(store: Any) -> None:
+    assert last_writer(store) == 0
+    lock = acquire(store, floor=4)
+    assert last_writer(store) == 5
+    lock.release()
+    assert last_writer(store) == 5
+    again = acquire(store, takeover=True)
+    assert last_writer(store) == again.attempt
+    again.release()
+
+
+def test_of_a_root_that_had_both_kinds_of_writers_the_higher_number_counts(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path, fsync=False)
+    FileLock(tmp_path, floor=6, takeover=False).release()
+    assert last_writer(store) == 7
+    Lease(store, floor=8, takeover=False, ttl_s=60).release()
+    assert last_writer(store) == 9
+    (tmp_path / ".ckptmgr/lock").write_bytes(b"torn")
+    assert last_writer(store) == 9
+
+
+def test_a_number_is_on_the_disk_before_the_lock_is_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        path = Path(f"/proc/self/fd/{fd}").readlink()
+        synced.append((path.name, path.read_bytes() if path.is_file() else b""))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    FileLock(tmp_path, floor=6, takeover=False).release()
+    assert [name for name, _ in synced] == ["lock", ".ckptmgr"]
+    assert json.loads(synced[0][1])["attempt"] == 7
 
 
 def test_a_takeover_fences_the_old_writer(store: Any) -> None:

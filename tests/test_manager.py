@@ -9,6 +9,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ckptmgr import (
     AlreadyExistsError,
@@ -1012,3 +1014,84 @@ def test_deleting_one_of_two_of_a_step_needs_its_name(
             manager.delete(2)
         manager.delete("step-00000002")
         assert manager.info(2).name == "step-00000002.2"
+
+
+def test_a_request_that_comes_while_a_state_is_written_is_for_the_next_save(tmp_path: Path) -> None:
+    """What is being written was captured before it."""
+
+    class Asking(MemoryStore):
+        ask: Any = None
+
+        def writer(self, key: str, size: int | None = None) -> Any:
+            if self.ask is not None:
+                self.ask, ask = None, self.ask
+                ask("while writing")
+            return super().writer(key, size)
+
+    store = Asking()
+    manager = CheckpointManager("root", store=store, background=False, save={"every_steps": 10})
+    store.ask = manager.request_save
+    assert manager.maybe_save({"x": 1}, 10) is not None
+    assert manager.maybe_save({"x": 1}, 11) is not None
+    assert manager.maybe_save({"x": 1}, 12) is None
+    manager.close()
+
+
+def test_a_closed_manager_says_so_at_the_next_call_and_keeps_no_state(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, save={"every_steps": 100})
+    model = nn.Linear(1, 1)
+    gone = weakref.ref(model)
+    assert manager.maybe_save({"model": model}, 1) is None
+    manager.close()
+    del model
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(ConfigError, match="is closed; open a new one"):
+        manager.maybe_save({"x": 1}, 2)
+
+
+def test_a_save_that_was_interrupted_as_it_began_is_waited_for_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next one would overwrite the copy that it is being written from."""
+    submit = ThreadPoolExecutor.submit
+
+    def interrupted(pool: Any, *args: Any) -> Any:
+        submit(pool, *args)
+        if pool._thread_name_prefix == "ckptmgr-save":
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    manager = CheckpointManager(tmp_path, keep={"last": None})
+    weights = torch.zeros(1 << 20)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        manager.save({"w": weights}, 1)
+    weights.fill_(7)
+    manager.save({"w": weights}, 2)
+    manager.close()
+    assert [manager.load(step)["w"].unique().tolist() for step in (1, 2)] == [[0], [7]]
+
+
+def test_a_failed_save_keeps_nothing_of_the_state_alive() -> None:
+    for background in (True, False):
+        manager = CheckpointManager("root", store=FullStore(), background=background, on_error="warn")
+        weights = torch.zeros(1000)
+        gone = weakref.ref(weights)
+        pending = manager.save({"w": weights}, 1)
+        pending.settle()
+        del weights
+        gc.collect()
+        assert (gone() is None, isinstance(pending.error, SaveFailedError)) == (True, True)
+        with pytest.raises(SaveFailedError):
+            manager.close()
+
+
+def test_a_state_that_does_not_fit_twice_is_saved_while_training_waits_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with CheckpointManager(tmp_path, max_staging="1KiB", keep={"last": None}) as manager:
+        pendings = [manager.save({"w": torch.full((1000,), float(step))}, step) for step in (1, 2)]
+        assert [pending.in_background for pending in pendings] == [False, False]
+        assert caplog.text.count("training waits for the whole save") == 1
+        assert manager.load(2)["w"].unique().tolist() == [2]

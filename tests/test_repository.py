@@ -118,6 +118,11 @@ def test_a_second_checkpoint_of_a_step_gets_a_folder_of_its_own(repository: Repo
     assert repository.find(3) == second
 
 
+def test_a_file_in_the_place_of_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "step-00000003").write_text("mine")
+    assert commit(Repository(LocalStore(tmp_path, fsync=False)), 3).name == "step-00000003.2"
+
+
 def test_find_takes_steps_names_tags_and_latest(repository: Repository) -> None:
     first, second = commit(repository, 1), commit(repository, 2)
     repository.pin(first, "paper")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import enum
+import gc
+import json
 import random
+import sys
+import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 from torch import nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -398,3 +405,134 @@ def test_a_checkpoint_folder_can_be_copied_and_still_resumes(root: Path, tmp_pat
     model = network()
     assert manager(copy).resume(model).step == 3
     assert same(snapshots(model), manager(root, read_only=True).load(3)["model"])
+
+
+def odd(seed: int) -> nn.ModuleDict:
+    """Memory of every kind: scattered, permuted, complex, empty, tied, of another precision, larger than a chunk."""
+    torch.manual_seed(seed)
+    model = nn.ModuleDict(
+        {
+            "conv": nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last),
+            "norm": nn.BatchNorm2d(8),
+            "one": nn.Linear(5, 5),
+            "two": nn.Linear(5, 5),
+            "small": nn.Linear(4, 4).bfloat16(),
+        }
+    )
+    model["two"].weight = model["one"].weight
+    model.register_buffer("scattered", torch.rand(6, 10)[:, ::2])
+    model.register_buffer("wide", torch.rand(7, 3, dtype=torch.complex128).t())
+    model.register_buffer("large", torch.rand(3, 2000, 700).transpose(0, 1))
+    model.register_buffer("none", torch.rand(0, 4))
+    return model
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_memory_of_every_kind_is_filled_where_it_is(tmp_path: Path, mode: Callable[[], Any]) -> None:
+    with mode():
+        model, other = odd(0), odd(1)
+        places = {name: (value.data_ptr(), value.stride()) for name, value in other.state_dict().items()}
+        with manager(tmp_path) as mgr:
+            mgr.save({"model": model}, 1)
+            mgr.resume(other)
+    assert same(model.state_dict(), other.state_dict())
+    assert {name: (value.data_ptr(), value.stride()) for name, value in other.state_dict().items()} == places
+    assert other["two"].weight is other["one"].weight
+
+
+def test_damage_found_half_way_is_overwritten_in_the_optimizer_s_own_state_too(root: Path) -> None:
+    expected = manager(root, read_only=True).load(3)
+    spoil(root, 4, "optimizer.safetensors")
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, 5)
+    before = [value["exp_avg"] for value in optimizer.state.values()]
+    assert manager(root).resume(model, optimizer).step == 3
+    assert same(snapshots(model), expected["model"])
+    for index, value in enumerate(optimizer.state.values()):
+        assert all(torch.equal(value[key], expected["optimizer"]["state"][index][key]) for key in value)
+    assert [id(value["exp_avg"]) for value in optimizer.state.values()] == list(map(id, before))
+
+
+class Resetting(nn.Module):
+    """Loads as some code does: from scratch, and with a look at what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.anchor: dict[str, torch.Tensor] = {}
+
+    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+        self.layer.reset_parameters()
+        self.anchor = dict(state)
+        return super().load_state_dict(state, *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["method", "hook"])
+def test_code_that_changes_parameters_before_it_loads_gets_the_checkpoint_s_values(tmp_path: Path, kind: str) -> None:
+    """Such a module is given copies, which it may keep: they are not its live parameters."""
+
+    def model() -> nn.Module:
+        if kind == "method":
+            return Resetting()
+        hooked = nn.Linear(4, 4)
+        hooked.register_load_state_dict_pre_hook(lambda module, *_: module.weight.data.zero_())
+        return hooked
+
+    saved, back = model(), model()
+    with CheckpointManager(tmp_path) as manager:
+        manager.save({"model": saved}, 1)
+    with CheckpointManager(tmp_path) as manager:
+        manager.resume(back)
+    assert all(map(torch.equal, back.state_dict().values(), saved.state_dict().values()))
+    if isinstance(back, Resetting):
+        assert back.anchor["layer.weight"].data_ptr() != back.layer.weight.data_ptr()
+
+
+def test_a_value_whose_class_is_not_imported_is_told_before_a_target_is_touched(tmp_path: Path) -> None:
+    module = types.ModuleType("userlib")
+    module.Color = enum.Enum("Color", "RED", module="userlib")  # type: ignore[attr-defined, misc]
+    sys.modules["userlib"] = module
+    extra = {"color": module.Color.RED, "t": torch.ones(2)}
+    with CheckpointManager(tmp_path) as manager:
+        manager.save({"model": torch.ones(3), "extra": extra}, 1)
+    del sys.modules["userlib"]
+    model, other = torch.zeros(3), {"color": None, "t": torch.zeros(2)}
+    with CheckpointManager(tmp_path) as manager, pytest.raises(StateMismatchError, match="userlib:Color"):
+        manager.resume(model, extra=other)
+    assert (model.sum(), other["t"].sum()) == (0, 0)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("digest", ["zz" * 16, "", "00" * 15, 7])
+def test_a_digest_that_is_none_is_damage_like_any_other(tmp_path: Path, digest: Any) -> None:
+    """Resume goes on to the older checkpoint, also when the manifest's own digest fits."""
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            manager.save({"model": torch.full((3,), float(step))}, step)
+    path = tmp_path / "step-00000002" / "manifest.json"
+    body = json.loads(path.read_text())
+    body["files"][0]["digest"] = digest
+    del body["digest"]
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+    path.write_text(json.dumps(body | {"digest": xxhash.xxh3_128_hexdigest(canonical)}))
+    model = torch.zeros(3)
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.resume(model).step == 1
+
+
+def test_without_garbage_collection_nothing_of_a_state_stays_alive(tmp_path: Path) -> None:
+    """Loops that switch it off, to have no pauses, free a dropped model at once."""
+    model = nn.Linear(2, 2)
+    gone = weakref.ref(model)
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        with CheckpointManager(tmp_path) as manager:
+            manager.resume(model)
+            manager.save({"model": model}, 1).wait()
+        del model
+        assert gone() is None
+    finally:
+        if was_on:
+            gc.enable()

@@ -123,6 +123,38 @@ def test_of_thousands_a_save_has_only_few_judged(rules: list[KeepRule]) -> None:
     assert max(judged) <= 4 * rotation.AHEAD
 
 
+def test_those_left_out_are_judged_again_before_their_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "AHEAD", 3)
+    turns = Rotation([Last(8)])
+    there = [saved(step, step) for step in range(1, 9)]
+    turns.plan(there, NOW)
+    for step in range(9, 40):
+        there.append(saved(step, step))
+        made = turns.plan_after(there[-1], NOW) or turns.plan(there, NOW)
+        assert names(made.drop) == [f"step-{step - 8}"]
+        del there[0]
+
+
+def test_a_pin_that_runs_out_lets_go() -> None:
+    turns = Rotation([Last(1)])
+    pins = (Pin("step-1", "n", 1, None, NOW + timedelta(minutes=5)),)
+    held = CheckpointInfo("step-1", 1, saved(1, 1).manifest, pins=pins)
+    turns.plan([held, saved(2, 2)], NOW)
+    first = turns.plan_after(saved(3, 3), NOW + timedelta(minutes=3))
+    later = turns.plan_after(saved(6, 6), NOW + timedelta(minutes=6))
+    assert first is not None
+    assert later is not None
+    assert [names(first.drop), names(later.drop)] == [["step-2"], ["step-3", "step-1"]]
+
+
+def test_an_unhealthy_one_goes_once_there_are_healthy_ones_enough() -> None:
+    turns = Rotation([Best("loss", "min")], min_good=2)
+    turns.plan([saved(1, 1, healthy=False), saved(2, 2, healthy=False), saved(3, 3)], NOW)
+    made = turns.plan_after(saved(4, 4), NOW)
+    assert made is not None
+    assert names(made.drop) == ["step-2"]
+
+
 def test_a_step_that_is_there_already_or_is_lower_has_all_judged() -> None:
     turns = Rotation([Last(2)])
     turns.plan([saved(step, step) for step in (1, 2, 3)], NOW)

@@ -127,6 +127,15 @@ def test_a_writer_that_has_not_saved_yet_finds_the_newest_by_one_manifest() -> N
         assert set(store.manifests_read()) == {"step-00000049"}
 
 
+def test_a_writer_that_has_saved_finds_the_newest_by_one_manifest() -> None:
+    store = Noting()
+    with started(store, keep={"last": None}) as mgr:
+        mgr.save({"x": 2}, 2)
+        store.calls.clear()
+        assert mgr.latest_step() == 2
+        assert set(store.manifests_read()) == {"step-00000002"}
+
+
 @pytest.mark.parametrize("keep", [{"last": None}, {"last": 1000}, {"last": 3, "every_steps": 1}, {"last": 3}])
 def test_a_save_asks_as_much_of_the_store_whatever_the_number_of_checkpoints(keep: dict[str, Any]) -> None:
     asked = []
@@ -170,6 +179,16 @@ def test_a_pin_set_by_a_reader_holds_at_the_very_next_save_until_it_is_taken_awa
         manager(store, read_only=True).unpin(2)
         mgr.save({"x": 7}, 7)
         assert mgr.all_steps() == [6, 7]
+
+
+def test_a_pin_set_before_a_save_with_a_tag_holds() -> None:
+    store = MemoryStore(can_rename=False)
+    with started(store, keep={"last": 2}) as mgr:
+        for step in (2, 3):
+            mgr.save({"x": step}, step)
+        manager(store, read_only=True).pin(2)
+        mgr.save({"x": 4}, 4, tags=["paper"])
+        assert mgr.all_steps() == [2, 3, 4]
 
 
 def test_a_mark_of_damage_counts_at_the_very_next_save() -> None:
@@ -256,6 +275,60 @@ def test_a_failed_deletion_is_made_up_for_at_the_next_save(caplog: pytest.LogCap
         store.fails = False
         mgr.save({"x": 4}, 4)
         assert mgr.all_steps() == [3, 4]
+
+
+def test_a_prune_that_failed_is_made_up_for_at_the_next_save() -> None:
+    class Failing(MemoryStore):
+        fails = False
+
+        def delete(self, keys: Iterable[str]) -> None:
+            keys = list(keys)
+            if self.fails and any(key.startswith("step-") for key in keys):
+                raise StoreError("could not delete")
+            super().delete(keys)
+
+    store = Failing(can_rename=False)
+    with started(store, keep={"last": 2}) as mgr:
+        mgr.save({"x": 3}, 3)
+        put_into(store, 2, attempt=1)
+        put_into(store, 0, attempt=1)
+        store.fails = True
+        with pytest.raises(StoreError):
+            mgr.prune()
+        store.fails = False
+        mgr.save({"x": 4}, 4)
+        assert mgr.all_steps() == [3, 4]
+
+
+def test_records_that_could_not_be_read_are_asked_for_again_at_the_next_save() -> None:
+    class Failing(MemoryStore):
+        fails = False
+
+        def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
+            if self.fails and folder == ".ckptmgr":
+                raise StoreError("could not list")
+            return super().list(folder, recursive=recursive)
+
+    store = Failing(can_rename=False)
+    with started(store, keep={"last": 2}) as mgr:
+        mgr.save({"x": 2}, 2)
+        store.fails = True
+        mgr.save({"x": 3}, 3)
+        store.fails = False
+        for step in (4, 5):
+            mgr.save({"x": step}, step)
+        assert mgr.all_steps() == [4, 5]
+
+
+def test_what_a_rewind_put_aside_counts_for_nothing() -> None:
+    store = MemoryStore(can_rename=False)
+    with started(store, keep={"last": 2}) as mgr:
+        for step in (2, 3, 4):
+            mgr.save({"x": step}, step)
+    with manager(store, keep={"last": 2}) as mgr:
+        mgr.resume(step=3)
+        mgr.save({"x": 5}, 5)
+        assert mgr.all_steps() == [3, 5]
 
 
 def test_overwriting_replaces_the_one_that_is_there_and_the_rules_go_on() -> None:

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ckptmgr import CheckpointManager
+from ckptmgr.errors import StoreError
 from ckptmgr.formats.state_file import Whole
 from ckptmgr.manifest import CheckpointInfo, Manifest
 from ckptmgr.repository import Repository
 from ckptmgr.sharing import Sharing
-from ckptmgr.store import Store, open_store
+from ckptmgr.store import Reader, Store, open_store
 from ckptmgr.testing import MemoryStore
 
 MIB = 1 << 20
@@ -47,7 +48,7 @@ class Saves:
     def save(self, step: int, frozen: bytes = FROZEN) -> CheckpointInfo:
         draft = self.repository.begin(step, None, "run")
         bodies = {"frozen.bin": Whole(frozen), "moving.bin": Whole(os.urandom(MIB))}
-        self.sharing.sink(draft).write(bodies)
+        self.sharing.sink(draft, lambda: self.repository.records()[1]).write(bodies)
         now = datetime.now(UTC)
         about = Manifest(step=step, run="run", attempt=1, nonce="", time=now, format="safetensors", files=())
         info = draft.commit(about)
@@ -95,11 +96,11 @@ def test_after_a_restart_a_file_is_read_before_it_is_shared(tmp_path: Path) -> N
     """Sound ones are shared; one that rotted meanwhile is found, told of, and written anew."""
     saves = Saves(open_store(tmp_path))
     info = saves.save(1)
-    saves.fresh().offer(info)
+    saves.fresh().found(info)
     info = saves.save(2)
     assert shared(info) == ["frozen.bin"]
     rot(tmp_path / info.name / "frozen.bin")
-    saves.fresh().offer(info)
+    saves.fresh().found(info)
     newest = saves.save(3)
     assert shared(newest) == []
     assert saves.damaged == [info.name]
@@ -115,6 +116,42 @@ def test_a_file_that_was_not_looked_at_for_an_hour_is_read_before_it_is_shared(t
     rot(tmp_path / info.name / "frozen.bin")
     saves.clock.now += 3000
     assert shared(saves.save(3)) == []
+
+
+def test_nothing_is_shared_with_a_checkpoint_that_is_marked_as_damaged(saves: Saves) -> None:
+    """Whoever found it so, and however short a time ago its file was written."""
+    saves.repository.mark_damaged(saves.save(1), "rotten")
+    assert shared(saves.save(2)) == []
+    assert shared(saves.save(3)) == ["frozen.bin"]
+
+
+def test_what_a_save_that_failed_looked_at_says_nothing_of_what_is_found_later(tmp_path: Path) -> None:
+    saves = Saves(open_store(tmp_path))
+    info = saves.save(1)
+    draft = saves.repository.begin(2, None, "run")
+    saves.sharing.sink(draft).write({"frozen.bin": Whole(FROZEN)})
+    draft.abort()
+    rot(tmp_path / info.name / "frozen.bin")
+    saves.sharing.found(info)
+    assert shared(saves.save(3)) == []
+
+
+def test_trouble_in_reading_the_old_file_does_not_fail_the_new_save(tmp_path: Path) -> None:
+    class Failing(MemoryStore):
+        fails = False
+
+        def reader(self, key: str) -> Reader:
+            if self.fails:
+                raise StoreError("the network is down", 5)
+            return super().reader(key)
+
+    store = Failing()
+    saves = Saves(store)
+    saves.fresh().found(saves.save(1))
+    store.fails = True
+    info = saves.save(2)
+    store.fails = False
+    assert (shared(info), saves.repository.verify(info)) == ([], [])
 
 
 def test_a_file_that_was_deleted_meanwhile_is_written(saves: Saves) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -142,9 +143,39 @@ def test_a_forked_child_has_an_arena_of_its_own() -> None:
     expected = images({"x": arena.hold(regions, flat).parts["model.safetensors"]})
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # its own threads do not survive a fork
+        filled = [torch.full((1 << 20,), 3.0) for _ in range(20)]  # lies where the parent's arena would be unmapped
         good = images({"x": arena.hold(regions, flat).parts["model.safetensors"]}) == expected
-        os._exit(0 if good else 1)
+        os._exit(0 if good and all(bool((tensor == 3).all()) for tensor in filled) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_after_an_error_in_a_copy_no_thread_goes_on_copying() -> None:
+    """What it copies from may be freed as soon as the error is out."""
+    arena, done = Arena(), list[int]()
+
+    def task(number: int) -> None:
+        if number == 0:
+            raise KeyboardInterrupt
+        done.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        arena._in_two_threads((partial(task, number) for number in range(1000)), 1 << 30)
+    count = len(done)
+    arena.release()
+    assert len(done) == count
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_memory_is_being_made_can_let_go_of_it() -> None:
+    arena = Arena()
+    arena.prepare(1 << 29)
+    child = os.fork()
+    if child == 0:
+        arena.release()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    arena.release()
 
 
 def test_a_quantized_tensor_is_copied_with_its_scale() -> None:

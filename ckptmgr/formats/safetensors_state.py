@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -60,8 +60,11 @@ class SafetensorsState:
             if begin < end:
                 segments[name].append((begin, end, sink))
         landing.begin()
-        for apart in _rounds(segments):
-            self._source.scatter(apart)
+        for name, of_file in segments.items():
+            of_file.sort(key=itemgetter(0))
+            if any(one[1] > next_one[0] for one, next_one in pairwise(of_file)):
+                raise DamagedError(f"{STATE_NAME}: two tensors lie in the same bytes of {name}")
+        self._source.scatter(segments)
         landing.end()
         loaded = load_torch(self._source, SPECIAL_NAME) if special else None
         for stored in special:
@@ -87,57 +90,39 @@ class SafetensorsState:
         return mapped | self.fetch(special, device)
 
 
-def _rounds(segments: dict[str, list[Segment]]) -> Iterator[dict[str, list[Segment]]]:
-    """The segments in order, in as many rounds as it takes that none overlaps another: one, unless
-    two tensors of a table lie in the same bytes, which ours never do."""
-    while segments:
-        later: dict[str, list[Segment]] = {}
-        for name, of_file in segments.items():
-            of_file.sort(key=itemgetter(0))
-            if any(one[1] > next_one[0] for one, next_one in pairwise(of_file)):
-                now, reached = [], 0
-                for segment in of_file:
-                    if segment[0] >= reached:
-                        now.append(segment)
-                        reached = segment[1]
-                later[name] = [segment for segment in of_file if segment not in now]
-                segments[name] = now
-        yield segments
-        segments = later
-
-
 def _stored_tensors(rows: Sequence[Any], files: Mapping[str, FileEntry]) -> list[StoredTensor]:
     """The tensors of the table. Raises `FormatVersionError`, and `DamagedError` or another error for
     rows that can't be true."""
     shapes, begins, ends = ([row[i] for row in rows] for i in (3, 4, 5))
     if not {*map(type, begins), *map(type, ends), *map(type, chain.from_iterable(shapes))} <= {int}:
         raise DamagedError(f"{STATE_NAME}: a tensor has a size or place that is no whole number")
-    sizes: dict[tuple[str, tuple[int, ...]], tuple[torch.dtype, tuple[int, ...], int]] = {}
+    kinds: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], torch.dtype, int]] = {}
     file_sizes = {name: file.size for name, file in files.items()}
     tensors: list[StoredTensor] = []
     for name, key, dtype_name, shape, begin, end, more in rows:
         kind = (dtype_name, tuple(shape))
-        if kind not in sizes:
+        if kind not in kinds:
             dtype = _dtype(dtype_name, key)
-            sizes[kind] = dtype, kind[1], bytes_of(dtype, shape)
-        dtype, shape, size = sizes[kind]
+            kinds[kind] = kind[1], dtype, bytes_of(dtype, shape)
+        shape, dtype, size = kinds[kind]
         if name not in file_sizes:
             raise DamagedError(f"{STATE_NAME}: tensor {key!r} is in {name!r}, which the checkpoint does not have")
-        location, stride, flags = (name, begin, end), None, (False, False)
         if name == SPECIAL_NAME:
-            location = (name, key, 0)
-        elif not (begin >= 8 and end - begin == size and end <= file_sizes[name]):
+            stored = StoredTensor(shape, dtype, (name, key, 0))
+        elif begin >= 8 and end - begin == size and end <= file_sizes[name]:
+            stored = StoredTensor(shape, dtype, (name, begin, end))
+        else:
             raise DamagedError(
                 f"{STATE_NAME}: tensor {key!r} of {size:,} bytes can't lie in bytes {begin:,} to {end:,} of {name} "
                 f"({file_sizes[name]:,} bytes)"
             )
         if more != {}:
-            flags = (more.get("requires_grad") is True, more.get("parameter") is True)
-            if (strides := more.get("stride")) is not None:
-                stride = tuple(map(checked_count, strides))
+            stored.requires_grad, stored.is_parameter = more.get("requires_grad") is True, more.get("parameter") is True
+            if name != SPECIAL_NAME and (strides := more.get("stride")) is not None:
+                stored.stride = stride = tuple(map(checked_count, strides))
                 if len(stride) != len(shape) or not is_dense(shape, stride):
                     raise DamagedError(f"{STATE_NAME}: tensor {key!r} of shape {shape} can't have the strides {stride}")
-        tensors.append(StoredTensor(shape, dtype, location, stride, *flags))
+        tensors.append(stored)
     return tensors
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,20 +99,17 @@ def class_name(value: Any) -> str:
 
 
 def named_modules(objects: Mapping[str, Any]) -> list[tuple[str, nn.Module]]:
-    found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
+    return [found for name, value in objects.items() for found in _modules_in(name, value, seen)]
 
-    def visit(path: str, value: Any) -> None:
-        if isinstance(value, nn.Module):
-            found.append((path, value))
-        elif _may_hold_objects(value) and id(value) not in seen:
-            seen.add(id(value))
-            for step, item in value.items() if isinstance(value, dict) else enumerate(value):
-                visit(join(path, [step if isinstance(step, str | int) else [step]]), item)
 
-    for name, value in objects.items():
-        visit(name, value)
-    return found
+def _modules_in(path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(value, nn.Module):
+        yield path, value
+    elif _may_hold_objects(value) and id(value) not in seen:
+        seen.add(id(value))
+        for step, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _modules_in(join(path, [step if isinstance(step, str | int) else [step]]), item, seen)
 
 
 def _may_hold_objects(value: Any) -> bool:

@@ -42,6 +42,8 @@ from .snapshot import StoredTensor, Tree, map_leaves
 MAX_DEPTH = 64  # levels of values within values; what is deeper has to be pickled
 
 _DECODERS = plain_tags.DECODERS | numpy_tags.DECODERS | class_tags.DECODERS
+# What may need a class, a library or a device that this process does not have.
+FOREIGN_TAGS = {*class_tags.DECODERS, *numpy_tags.DECODERS, "$zoneinfo", "$generator"}
 _BROKEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError)
 
 

@@ -46,7 +46,8 @@ def fit_module(fitting: Fitting, where: str, module: nn.Module, tree: Tree, note
                 if target.dtype != part.dtype:
                     fitting.differences.casts.append(f"{path}: {part.dtype} -> {target.dtype}")
         parts.append((raw, target, part, path))
-    fitting.in_place.offer(offers)
+    if takes_in_place(module):
+        fitting.in_place.offer(offers)
     complete = not fitting.differences.has(where)
 
     def fill(source: Source) -> None:
@@ -85,16 +86,25 @@ _METHODS = {"state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
+def takes_in_place(module: nn.Module) -> bool:
+    """Whether a module may be given its own parameters, filled already, to load: nobody else's code looks at
+    what it is given, or changes parameters before they are copied."""
+    return _loads_as_torch(module, {"load_state_dict", "_load_from_state_dict", "set_extra_state"}, _HOOKS[2:3])
+
+
 def copies_only(module: nn.Module) -> bool:
     """Whether loading a whole state is nothing but copying each tensor: the module and all its parts
     load as torch's own do, and nobody hooked into it."""
-    if torch.__future__.get_swap_module_params_on_conversion():
-        return False
+    return not torch.__future__.get_swap_module_params_on_conversion() and _loads_as_torch(module, _METHODS, _HOOKS)
+
+
+def _loads_as_torch(module: nn.Module, methods: set[str], hooks: tuple[str, ...]) -> bool:
+    """Whether the module and all its parts have these methods from torch, and none of these hooks."""
     plain: dict[type, bool] = {}
     for part in module.modules():
         kind, own = type(part), part.__dict__
         if kind not in plain:
-            plain[kind] = all(getattr(kind, name).__module__.startswith("torch.nn.modules.") for name in _METHODS)
-        if not plain[kind] or not _METHODS.isdisjoint(own) or not all(own.get(name) == {} for name in _HOOKS):
+            plain[kind] = all(getattr(kind, name).__module__.startswith("torch.nn.modules.") for name in methods)
+        if not plain[kind] or not methods.isdisjoint(own) or not all(own.get(name) == {} for name in hooks):
             return False
     return True

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import is_
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch.optim import Optimizer
 
 from .filling import Fitting, Source
-from .in_place import InPlace
 from .snapshot import StoredTensor, Tree
 from .trees import elements, items
 
@@ -19,21 +17,30 @@ Pair: TypeAlias = tuple[torch.Tensor, int, Mapping[Any, Tree]]
 
 
 def loader(
-    fitting: Fitting, where: str, optimizer: Optimizer, tree: Tree, orders: Sequence[Sequence[int]], pairs: list[Pair]
+    fitting: Fitting,
+    where: str,
+    optimizer: Optimizer,
+    tree: Tree,
+    orders: Sequence[Sequence[int]],
+    pairs: list[Pair],
+    count: int,
 ) -> Callable[[Source], None]:
     """What fills the optimizer. `orders` says which of a stored group's parameters stands where in the
-    optimizer's own group; `pairs` are in that order."""
-    top = items(tree) or {}
-    live, is_all = _offer(fitting.in_place, optimizer, top, pairs) if _is_plain(optimizer) else ({}, False)
+    optimizer's own group; `pairs` are in that order; `count` is how many states are stored."""
+    settings = (items(tree) or {})["param_groups"]
+    offers, is_all = _offers(optimizer, settings, pairs, count) if _is_plain(optimizer) else ([], False)
+    fitting.in_place.offer(offers)
+    fitting.in_place.keep([parameter for parameter, _, _ in pairs])
     dtypes = fitting.dtypes
 
     def fill(source: Source) -> None:
-        in_place = list(map(is_, map(source.in_place.targets.get, live), live.values()))
-        if is_all and all(in_place) and all(dtypes.get(id(one), one.dtype) == one.dtype for one, _, _ in pairs):
-            _load_settings(optimizer, source.decode(top["param_groups"], f"{where}.param_groups"), orders)
+        targets = source.in_place.targets
+        live = {leaf: target for leaf, target in offers if targets.get(leaf) is target}
+        has_followers = any(dtypes.get(id(one), one.dtype) != one.dtype for one, _, _ in pairs)
+        if is_all and len(live) == len(offers) and not has_followers:
+            _load_settings(optimizer, source.decode(settings, f"{where}.param_groups"), orders)
             return
-        own = {leaf: tensor for (leaf, tensor), is_there in zip(live.items(), in_place, strict=True) if is_there}
-        state = source.decode(tree, where, own)
+        state = source.decode(tree, where, live)
         _sort(state["param_groups"], orders)
         if _is_plain(optimizer):
             _number(state)
@@ -56,49 +63,41 @@ def _is_plain(optimizer: Optimizer) -> bool:
     )
 
 
-def _offer(
-    in_place: InPlace, optimizer: Optimizer, top: Mapping[Any, Tree], pairs: list[Pair]
-) -> tuple[dict[StoredTensor, torch.Tensor], bool]:
-    """Offer the tensors of the optimizer's own state that are just like what loading would make of the
-    stored ones. They are the answer, and whether there is nothing else, here, there or for loading to do."""
-    live: dict[StoredTensor, torch.Tensor] = {}
+def _offers(
+    optimizer: Optimizer, settings: Tree, pairs: list[Pair], count: int
+) -> tuple[list[tuple[StoredTensor, torch.Tensor]], bool]:
+    """Stored tensors with those of the optimizer's own state that are just like what loading would make
+    of them; and whether there is nothing else, here, there or for loading to do."""
+    offers: list[tuple[StoredTensor, torch.Tensor]] = []
     # Where `load_state_dict` puts the steps of a group: with its parameters, or leaves them on the host.
-    groups = [items(group) or {} for group in elements(top["param_groups"]) or []]
+    groups = [items(group) or {} for group in elements(settings) or []]
     with_parameters = [bool(group.get("capturable") or group.get("fused")) for group in groups]
     states = optimizer.state
     is_all = type(optimizer).__setstate__.__module__.startswith("torch.optim.")
-    count = 0
-
-    def alike() -> Iterator[tuple[StoredTensor, torch.Tensor]]:
-        nonlocal is_all, count
-        for parameter, group, stored in pairs:
-            own = states.get(parameter)
-            if type(own) is not dict:
-                is_all = is_all and own is None and not stored
-                continue
-            count += 1
-            is_all = is_all and len(own) == len(stored)
-            home = parameter.device
-            is_host = home.type == "cpu"
-            for key, leaf in stored.items():
-                target = own.get(key)
-                stays = is_host or (key == "step" and not with_parameters[group])
-                if (
-                    type(target) is torch.Tensor
-                    and type(leaf) is StoredTensor
-                    and leaf not in live
-                    and target.shape == leaf.shape
-                    and (target.is_cpu if stays else target.device == home)
-                    and not (target.requires_grad or leaf.requires_grad or leaf.is_parameter)
-                ):
-                    live[leaf] = target
-                    yield leaf, target
-                else:
-                    is_all = False
-
-    in_place.offer(alike())
-    in_place.keep([parameter for parameter, _, _ in pairs])
-    return live, is_all and count == len(states) == len(items(top["state"]) or {})
+    found = 0
+    for parameter, group, stored in pairs:
+        own = states.get(parameter)
+        if type(own) is not dict:
+            is_all = is_all and own is None and not stored
+            continue
+        found += 1
+        is_all = is_all and len(own) == len(stored)
+        home = parameter.device
+        is_host = home.type == "cpu"
+        for key, leaf in stored.items():
+            target = own.get(key)
+            stays = is_host or (key == "step" and not with_parameters[group])
+            if (
+                type(target) is torch.Tensor
+                and type(leaf) is StoredTensor
+                and target.shape == leaf.shape
+                and (target.is_cpu if stays else target.device == home)
+                and not (target.requires_grad or leaf.requires_grad or leaf.is_parameter)
+            ):
+                offers.append((leaf, target))
+            else:
+                is_all = False
+    return offers, is_all and found == len(states) == count
 
 
 def _load_settings(optimizer: Optimizer, groups: list[dict[str, Any]], orders: Sequence[Sequence[int]]) -> None:

@@ -54,12 +54,13 @@ def fit_optimizer(
     elif sizes != own_sizes:
         problems.append(f"{where} has groups of {sizes} parameters in the checkpoint and of {own_sizes} in the object")
     if not problems:
-        pairs = _pairs(optimizer, items(top["state"]) or {}, groups, orders)
+        states = items(top["state"]) or {}
+        pairs = _pairs(optimizer, states, groups, orders)
         problems = _misshapen(fitting, optimizer, pairs)
     if problems:
         fitting.differences.add("mismatched", where, [p if p.startswith(where) else f"{where} {p}" for p in problems])
         return None
-    return loader(fitting, where, optimizer, tree, orders, pairs)
+    return loader(fitting, where, optimizer, tree, orders, pairs, len(states))
 
 
 def _groups(top: Mapping[Any, Tree] | None) -> list[tuple[list[Any], Mapping[Any, Tree]]] | None:

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import CheckpointError, ConfigError, DamagedError, StateMismatchError
 from .capturing import named_modules
+from .codec import decode
 from .differences import Differences
 from .filling import Fitting, Source
 from .fitting import fit, is_target
@@ -80,10 +81,12 @@ class RestorePlan:
         `fetch` is `StoredState.fetch`; `objects` is `StoredState.objects`, or None when the
         checkpoint is not trusted. `map_location` is where tensors go that are plain values of a
         container. Raises `StateMismatchError` before anything is touched when pickled values are
-        needed but not trusted, or naming the entry when a `load_state_dict()` fails; `DamagedError`
-        when reading finds damage, with targets possibly half filled.
+        needed but not trusted, or a class that is not imported, or naming the entry when a
+        `load_state_dict()` fails; `DamagedError` when reading finds damage, with targets possibly half filled.
         """
         pickled = _trusted(self._needs, objects)
+        for tree, path in self._needs.foreign:  # to see now whether it can be; nothing has been touched
+            decode(tree, tensor=lambda leaf: leaf, objects=pickled.__getitem__, path=path)
         in_place = self._fitting.in_place
         wanted = {**self._needs.tensors, **in_place.targets}
         source = Source(fetch(wanted), in_place, pickled, map_location)

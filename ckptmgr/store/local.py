@@ -19,6 +19,7 @@ from .disk import NO_LINKS, TempFile, claim, edge, explain, open_file, sync_fold
 from .local_reader import LocalReader
 from .local_writer import LocalWriter
 from .mounts import can_rename_folders
+from .removal import remove_file, wait_for_space
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -103,6 +104,12 @@ class LocalStore:
     def writer(self, key: str, size: int | None = None) -> LocalWriter:
         target = self._locate(checked_key(key))
         with edge("write", target, size):
+            try:
+                return LocalWriter(self._temp(target), target, size, self._publish)
+            except OSError as exc:
+                # A checkpoint that was just deleted may still be on its way out.
+                if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not wait_for_space():
+                    raise
             return LocalWriter(self._temp(target), target, size, self._publish)
 
     def copy(self, source: str, target: str) -> bool:
@@ -288,13 +295,13 @@ def _remove(path: Path, *, tree: bool) -> bool:
     if found is None or stat.S_ISDIR(found.st_mode) != tree:
         return False
     if not tree:
-        path.unlink(missing_ok=True)
+        remove_file(path)
         return True
     for folder, folders, files in os.walk(path, topdown=False):
         for name in (*folders, *files):
             child = Path(folder, name)
             if name in files or child.is_symlink():
-                child.unlink(missing_ok=True)
+                remove_file(child)
         try:
             Path(folder).rmdir()
         except OSError:
