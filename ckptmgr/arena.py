@@ -23,8 +23,8 @@ import torch
 from .memory import address, available, buffer, move, move_small
 from .staging import Part, Region, dense_stride, is_dense, is_plain_host, is_special, like, own_copy
 from .state.snapshot import FlatSnapshot
+from .store import BLOCK
 
-_PAGE = 4096
 _LARGE = 256 << 10  # bytes; from here on a copy lets other threads run, and is worth a second one
 _STRIDE = 8 << 20  # bytes that one of two copying threads takes at a time
 _RESERVE = 512 << 20  # bytes left free for everything else
@@ -179,14 +179,10 @@ class _Program:
 
     def copy_small(self, flat: FlatSnapshot) -> None:
         """Tensors that are many, and those that no plain copy will do for."""
-        addresses = flat.pointers
-        if addresses is None and self._to:
-            addresses = list(map(torch.Tensor.data_ptr, self._pick(flat.tensors)))
-            for _ in map(move_small, self._to, addresses, self._sizes):
-                pass
-        elif addresses is not None:
-            for _ in map(move_small, self._to, self._pick(addresses), self._sizes):
-                pass
+        known = flat.pointers
+        addresses = map(torch.Tensor.data_ptr, self._pick(flat.tensors)) if known is None else self._pick(known)
+        for _ in map(move_small, self._to, addresses, self._sizes):
+            pass
         with torch.no_grad():
             for number, view in self._views:
                 view.copy_(flat.tensors[number])
@@ -268,7 +264,7 @@ def _offsets(regions: Mapping[str, Region]) -> dict[str, int]:
 
 
 def _room(region: Region) -> int:
-    return -(-region.size // _PAGE) * _PAGE
+    return -(-region.size // BLOCK) * BLOCK
 
 
 def _touch(memory: memoryview) -> None:
