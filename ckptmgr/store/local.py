@@ -197,13 +197,13 @@ class LocalStore:
     def _locate(self, key: str) -> Path:
         """The path of a checked key. Raises `StoreError` where a folder on the way is a symbolic
         link; with a "/" at the end, also where the last one is."""
-        path = self._path
+        path = str(self._path)  # a text: each save asks for some fifty paths
         *folders, last = key.split("/")
         for name in filter(None, folders):
-            path = path / name
-            if path.is_symlink():
-                raise explain(OSError(errno.ELOOP, "symbolic link"), "use", path)
-        return path / last
+            path = os.path.join(path, name)  # noqa: PTH118
+            if os.path.islink(path):  # noqa: PTH114
+                raise explain(OSError(errno.ELOOP, "symbolic link"), "use", Path(path))
+        return Path(path, last)
 
     def _make(self, folder: Path) -> None:
         """Make a folder with its parents, each entry durable. Below the root this is done once even
