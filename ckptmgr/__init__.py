@@ -33,12 +33,17 @@ _LAZY = {
     "Moment": "triggers",
     "Pending": "background",
     "Plan": "retention",
+    "PerRankReport": "resumption",
     "Resumed": "resumption",
     "SaveConfig": "config",
     "Store": "store",
+    "StoreReader": "sharded.reader",
+    "StoreWriter": "sharded.writer",
     "WarmStarted": "weights",
     "load_file": "direct",
     "open_store": "store",
+    "plain_errors": "sharded.plain",
+    "per_rank": "state",
     "reader": "direct",
     "safe_open": "direct",
     "save_file": "direct",
@@ -52,8 +57,12 @@ if TYPE_CHECKING:
     from .direct import load_file, reader, safe_open, save_file, writer
     from .manager import CheckpointManager
     from .manifest import CheckpointInfo, Manifest
-    from .resumption import Resumed
+    from .resumption import PerRankReport, Resumed
     from .retention import Plan
+    from .sharded.plain import plain_errors
+    from .sharded.reader import StoreReader
+    from .sharded.writer import StoreWriter
+    from .state import per_rank
     from .store import Store, open_store
     from .triggers import Decision, Moment
     from .weights import WarmStarted, warm_start
@@ -68,6 +77,9 @@ __all__ = [
     "Plan",
     "CheckpointInfo",
     "Manifest",
+    # Many ranks
+    "per_rank",
+    "PerRankReport",
     # Configuration
     "CheckpointConfig",
     "SaveConfig",
@@ -82,6 +94,10 @@ __all__ = [
     "save_file",
     "load_file",
     "safe_open",
+    # torch.distributed.checkpoint anywhere
+    "StoreWriter",
+    "StoreReader",
+    "plain_errors",
     # Stores
     "Store",
     "open_store",

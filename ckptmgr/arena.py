@@ -152,7 +152,8 @@ class _Program:
         self._forms: dict[int, tuple[int, torch.Tensor]] = {}  # place, and a meta tensor that says what lies there
         for name, region in regions.items():
             begin = self.offsets[name]
-            memory[begin : begin + len(region.header)] = region.header
+            for at, text in ((0, region.header), *region.texts):
+                memory[begin + at : begin + at + len(text)] = text
             for number, at in zip(region.numbers, region.begins, strict=True):
                 self._add(number, flat.tensors[number], memory, begin + at, region.keeps_strides)
         self.large_bytes = sum(size for _, _, size in self._large)

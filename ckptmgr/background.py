@@ -59,6 +59,11 @@ class Pending:
         error = self._future.exception() if self.done() else None
         return error if isinstance(error, CheckpointError) else None
 
+    @property
+    def is_untold(self) -> bool:
+        """Whether it has failed, and the error was not raised yet."""
+        return self.done() and not self._is_reported and self._future.exception() is not None
+
     def take_error(self) -> BaseException | None:
         """What it failed with, the first time it is asked."""
         if not self.done() or self._is_reported:
@@ -124,6 +129,11 @@ class Worker:
     def is_busy(self) -> bool:
         """Whether a save is in flight."""
         return self.pending is not None and not self.pending.done()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the last save has ended badly and nobody was told."""
+        return self.pending is not None and self.pending.is_untold
 
     def is_saving(self, step: int) -> bool:
         return self.is_busy and self.pending is not None and self.pending.step == step

@@ -59,7 +59,7 @@ class DraftFile:
 class Draft:
     """One save being written. Ends with exactly one of `commit` and `abort`; both may block."""
 
-    def __init__(self, store: Store, name: str, nonce: str, *, rename: bool) -> None:
+    def __init__(self, store: Store, name: str, nonce: str, *, rename: bool, is_begun: bool = False) -> None:
         self.name, self.nonce = name, nonce
         self._store = store
         self._rename = rename
@@ -67,7 +67,7 @@ class Draft:
         self._folder = self._record if rename else name
         self._prefix = "" if rename else f"{nonce}/"
         self._files: dict[str, FileEntry] = {}
-        if not rename:
+        if not rename and not is_begun:
             store.put(self._record, b"")  # so that a sweep finds the data if this process dies
 
     @contextmanager
@@ -112,6 +112,17 @@ class Draft:
         self._files[name] = FileEntry.of(own, entry.size, entry.digests, shared=True)
         return True
 
+    @property
+    def entries(self) -> Mapping[str, FileEntry]:
+        """What was written so far, by name."""
+        return self._files
+
+    def adopt(self, entries: Mapping[str, FileEntry]) -> None:
+        """Take files in that another process wrote into the same draft. Raises `AlreadyExistsError`."""
+        for name, entry in entries.items():
+            self._own_name(name)
+            self._files[name] = entry
+
     def _own_name(self, name: str) -> str:
         """The name that the manifest will give to a new file."""
         if checked_name(name) in self._files or name == MANIFEST_NAME:
@@ -139,7 +150,7 @@ class Draft:
         `DamagedError` for what the store did. The draft is then still to be aborted.
         """
         manifest = dataclasses.replace(manifest, nonce=self.nonce, files=tuple(self._files.values()))
-        data = _readable(manifest)
+        data = readable(manifest)
         if problems := Source(self._store, self._folder, manifest).problems(verify):
             what = "; ".join(map(str, problems))
             raise StoreError(f"{self._store.url} does not hold what was written to {self.name}: {what}")
@@ -153,32 +164,12 @@ class Draft:
         if self._rename:
             self._store.rename(self._folder, self.name)
         else:
-            self._create_manifest(key, data)
+            create_manifest(self._store, self.name, key, data)
             try:
                 self._store.delete([self._record])
             except StoreError as exc:
                 _log.warning("draft.record.kept key=%s cause=%s (the next sweep removes it)", self._record, exc)
         return CheckpointInfo(self.name, manifest.step, manifest, pins=pins)
-
-    def _create_manifest(self, key: str, data: bytes) -> None:
-        """The commit on an object store. An error says nothing of whether the object was written
-        (the answer may have been lost), so it is read back: our bytes, with our nonce, mean yes."""
-        for last in (False, True):
-            try:
-                self._store.put(key, data, create=True)
-                return
-            except (AlreadyExistsError, StoreError) as exc:
-                try:
-                    found = self._store.get(key)
-                except NotFoundError:
-                    if last or isinstance(exc, AlreadyExistsError):
-                        raise exc from None
-                    continue
-                if found != data:
-                    raise AlreadyExistsError(
-                        f"{self._store.url}/{self.name} was committed by another writer; nothing of it was changed"
-                    ) from exc
-                return
 
     def abort(self) -> None:
         """Remove what was written. Never raises: what can't be removed now is left to a sweep."""
@@ -188,7 +179,28 @@ class Draft:
             _log.warning("draft.abort.incomplete name=%s nonce=%s cause=%s", self.name, self.nonce, exc)
 
 
-def _readable(manifest: Manifest) -> bytes:
+def create_manifest(store: Store, name: str, key: str, data: bytes) -> None:
+    """The commit on an object store. An error says nothing of whether the object was written
+    (the answer may have been lost), so it is read back: our bytes, with our nonce, mean yes."""
+    for last in (False, True):
+        try:
+            store.put(key, data, create=True)
+            return
+        except (AlreadyExistsError, StoreError) as exc:
+            try:
+                found = store.get(key)
+            except NotFoundError:
+                if last or isinstance(exc, AlreadyExistsError):
+                    raise exc from None
+                continue
+            if found != data:
+                raise AlreadyExistsError(
+                    f"{store.url}/{name} was committed by another writer; nothing of it was changed"
+                ) from exc
+            return
+
+
+def readable(manifest: Manifest) -> bytes:
     """The manifest's bytes, seen to be readable: one that nobody can read would look like damage."""
     try:
         data = manifest.to_json()

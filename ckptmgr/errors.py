@@ -16,6 +16,7 @@ __all__ = [
     "FencedError",
     "FormatVersionError",
     "NotFoundError",
+    "RankError",
     "SaveFailedError",
     "StateMismatchError",
     "StoreError",
@@ -86,3 +87,7 @@ class SaveFailedError(CheckpointError):
 
 class CoordinationError(CheckpointError):
     """The ranks could not agree; no further collective is attempted."""
+
+
+class RankError(CheckpointError, RuntimeError):
+    """Something that is not of this library failed on one rank, such as a predicate; names rank and cause."""

@@ -7,22 +7,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .background import Pending, Worker
 from .catalog import Catalog
 from .config import CheckpointConfig, load_config
-from .coordinator import find_coordinator
-from .errors import AlreadyExistsError, CheckpointError, ConfigError, DamagedError, StoreError
-from .manifest import CheckpointInfo
+from .coordinator import Coordinator, Solo, find_coordinator
+from .errors import AlreadyExistsError, CheckpointError, ConfigError, CoordinationError, DamagedError
+from .joint_schedule import JointSchedule
+from .manifest import digest
 from .records import checked_tag
+from .request import Request, State, as_count, as_floats, as_mapping, expected_bytes
 from .request_file import RequestFile
-from .resumption import Resumed, warn_if_unhealthy
+from .restart import Restart
+from .resumption import Resumed
 from .retention import Plan
 from .run import Run
-from .saving import Request, Saver, as_count, as_floats, as_mapping, expected_bytes
+from .saving import Saver
 from .schedule import Schedule
 from .signals import SignalWatch
 from .store import Store, open_store
@@ -34,7 +38,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("ckptmgr.manager")
 
-State = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+T = TypeVar("T")
 
 
 class CheckpointManager(Catalog):
@@ -47,9 +51,15 @@ class CheckpointManager(Catalog):
     but pins.
     `store` serves in place of the one for the root; `clock` counts seconds, for tests.
 
-    All methods are called from one thread, but for `request_save`. This version coordinates one
-    process. Nothing is written, and no lock taken, before the first `resume` or save. Raises
-    `ConfigError`. A context manager: leaving it closes it.
+    All methods are called from one thread, but for `request_save`. Nothing is written, and no lock
+    taken, before the first `resume` or save. Raises `ConfigError`. A context manager: leaving it
+    closes it.
+
+    In a job of several ranks (`torch.distributed` is initialized by the first call) every rank makes
+    its own manager and the same calls of `resume`, `maybe_save`, `save`, `prepare`, `delete`, `prune`,
+    `rewind` and `close`; those of `Catalog` any rank makes alone. Rank 0 writes, but for sharded state,
+    of which each rank writes its part. What fails on one rank is raised on all, naming it (`RankError`
+    for what is not of this library); `CoordinationError` names ranks that are missing.
     """
 
     def __init__(
@@ -71,12 +81,14 @@ class CheckpointManager(Catalog):
         if store is None:
             store = open_store(self.config.root, self.config.storage.options, fsync=self.config.fsync)
         super().__init__(Run(store, self.config, takeover=takeover, read_only=read_only), self.config)
-        self._saver = Saver(self._run, self.config, find_coordinator())
+        self._saver = Saver(self._run, self.config)
+        self._ranks: Coordinator | None = None  # until the first call that all ranks make
         tolerate = self.config.max_failures if self.config.on_error == "warn" else 0
         self._worker = Worker(tolerate=tolerate)
         self._fresh, self._read_only = fresh, read_only
         self._signals = SignalWatch(() if read_only else self.config.save.on_signals)
         self._schedule = Schedule(self.config.trigger(triggers), self._signals, clock)
+        self._schedule.alert()  # the first call has to find the other ranks
         self._signals.on_signal = self._schedule.alert
         self._signals.install()
         self._request_file: RequestFile | None = None
@@ -84,7 +96,7 @@ class CheckpointManager(Catalog):
             self._request_file = RequestFile(store, self.config.save.on_file, self._schedule.request)
             self._request_file.start()
         self._last_call: tuple[State, int, int | None, Mapping[str, Any] | None] | None = None
-        self._is_closed = False
+        self._is_begun = self._is_closed = False
 
     # In the loop
 
@@ -111,19 +123,37 @@ class CheckpointManager(Catalog):
             return None
         if self._is_closed:
             self._settle()  # which says so
+        ranks = self._in_step()
         self._schedule.calm()  # before the look at failures: one that comes later alerts again
-        self._worker.raise_failure()
+        if self._schedule.listen():
+            self._worker.wait()
+        elif ranks.world_size == 1:  # else all ranks are told at the same call
+            self._worker.raise_failure()
         request = self._request(step, epoch, metrics, overwrite=self.config.overwrite)
         decision = self._schedule.decide(request.step, request.epoch, request.metrics)
-        if not decision:
-            return None
-        if self._is_safe(request.step) and not request.overwrite:
+        pending = self._save_if_free(state, replace(request, reason=decision.reason or "")) if decision else None
+        self._schedule.vote(request.step, request.epoch, request.metrics, trouble=self._worker.has_failed)
+        return pending
+
+    def _save_if_free(self, state: State, request: Request) -> Pending | None:
+        """Save what is due, unless it is there already or nobody is to wait for the save before it."""
+        what = f"{request.reason.partition(':')[0]}, step {request.step}"
+        answer = self._ranks_now.prompt.exchange(what, lambda: None, lambda _: self._judge(request))
+        if answer == "there":
             self._note_saved(request)  # this very step is there, or on its way
             return None
-        if self._worker.is_busy and self.config.when_busy == "skip" and not self.should_stop:
+        if answer == "busy":
             _log.info("save.skip.busy step=%d", request.step)
             return None
-        return self._save(state, replace(request, reason=decision.reason or ""))
+        return self._save(state, replace(request, hurry=answer == "hurry"))
+
+    def _judge(self, request: Request) -> str:
+        """On rank 0."""
+        if self._is_safe(request.step) and not request.overwrite:
+            return "there"
+        if self._worker.is_busy and self.config.when_busy == "skip" and not self.should_stop:
+            return "busy"
+        return "free" if self._saver.fits(self._schedule.stopping_s) else "hurry"
 
     def should_save(self, step: int, *, epoch: int | None = None, metrics: Mapping[str, Any] | None = None) -> Decision:
         """Whether `maybe_save` would save now, and why. Changes nothing; never blocks."""
@@ -148,39 +178,39 @@ class CheckpointManager(Catalog):
         the config's). Raises `AlreadyExistsError` when the step is there, or when the root holds
         checkpoints that nobody resumed from.
         """
-        self._worker.raise_failure()
         if isinstance(tags, str):
             raise ConfigError(f"tags={tags!r} is one text; give a list of tags: [{tags!r}]")
         replaces = self.config.overwrite if overwrite is None else overwrite
         request = self._request(step, epoch, metrics, overwrite=replaces)
-        tags = tuple(map(checked_tag, tags))
-        if tags and not self._fresh:  # which archives whoever has them now
-            self._settle()
-            others = [info for info in self._run.known() if info.step != request.step]
-            for tag in tags:
-                self._run.repository.check_tag_free(tag, others)
-        return self._save(state, replace(request, reason="save()", tags=tags, pin=pin))
+        request = replace(request, reason="save()", tags=tuple(map(checked_tag, tags)), pin=pin)
+        self._join()
+        if self._ranks_now.world_size == 1:
+            self._worker.raise_failure()
+        return self._save(state, request)
 
     @property
     def should_stop(self) -> bool:
-        """Whether a terminating signal such as SIGTERM came: leave the loop and `close`. Never blocks."""
-        return self._signals.stop
+        """Whether a terminating signal such as SIGTERM came, on any rank: leave the loop and `close`. Never
+        blocks. Every rank has the same answer between two calls of `maybe_save`."""
+        return self._schedule.should_stop
 
     def prepare(self, state: State) -> None:
         """Make ahead what the first save of a state like this one would have to make: the plan of its
-        files and, with `background`, the memory for its copy. Blocks; saves nothing. Call it right
-        before the loop, when the optimizer has its state; `resume` makes the memory by itself."""
+        files and, with `background`, the memory for its copy. Blocks; saves nothing. Every rank calls it
+        right before the loop, when the optimizer has its state; `resume` makes the memory by itself."""
         self._settle()
-        self._saver.prepare(as_mapping(state))
+        self._saver.prepare(as_mapping(state), self._join())
 
     def request_save(self, reason: str = "requested") -> None:
-        """Make the next `maybe_save` save. From any thread; never blocks."""
+        """Make the next `maybe_save` save. From any thread; never blocks. Of several ranks any may ask, unless
+        they save by steps and epochs alone (`on_signals: []` too), where nobody listens at every call."""
         self._schedule.request(reason)
 
     def poll(self) -> bool:
         """For loops that do not save, such as evaluation: answers `should_stop`. Never blocks.
         Raises what a background save failed with."""
-        self._worker.raise_failure()
+        if self._ranks is None or self._ranks.world_size == 1:
+            self._worker.raise_failure()  # of several ranks all are told at the same `maybe_save`
         return self.should_stop
 
     def wait(self, timeout: float | None = None) -> None:
@@ -190,7 +220,8 @@ class CheckpointManager(Catalog):
 
     def close(self, timeout: float | None = None) -> None:
         """Make the last save if `save.on_close` asks for one, or a signal or request that none has
-        answered; wait for it, and let go of the root.
+        answered; wait for it, and let go of the root. Every rank calls it; of several ranks, a signal or
+        request counts that came before their last `maybe_save`.
 
         May be repeated. Raises what the last save failed with (also under `on_error: warn`), or
         `TimeoutError` after `timeout` seconds, when it stays open.
@@ -199,14 +230,17 @@ class CheckpointManager(Catalog):
             return
         earlier: CheckpointError | None = None
         try:
-            if (call := self._last_call) is not None and (self.config.save.on_close or self._schedule.is_asked):
-                try:
-                    self.wait(timeout)
-                except CheckpointError as exc:
-                    earlier = exc
-                request = self._request(*call[1:])
-                if not self._is_safe(request.step) and not self._read_only:
-                    self._save(call[0], replace(request, reason="close()"))
+            try:
+                is_asked = self._schedule.agree_is_asked()
+            except CoordinationError as exc:
+                is_asked, earlier = self._schedule.is_asked, exc
+            try:
+                self.wait(timeout)
+            except CheckpointError as exc:
+                earlier = earlier or exc
+            is_asked = is_asked or self.config.save.on_close
+            if is_asked and (call := self._last_call) is not None and not self._read_only:
+                self._save_if_free(call[0], replace(self._request(*call[1:]), reason="close()"))
             self.wait(timeout)
         finally:
             if not self._worker.is_busy:
@@ -243,6 +277,8 @@ class CheckpointManager(Catalog):
             self._signals.uninstall()
             self._worker.close()
             self._saver.close()
+            if self._ranks is not None:
+                self._ranks.close()
         finally:
             # Interrupted here, the save goes on, and so does its hold on the root until the process ends.
             if not self._worker.is_busy:
@@ -294,39 +330,18 @@ class CheckpointManager(Catalog):
         map_location: str | torch.device,
     ) -> Resumed:
         self._last_call = None  # it spoke of a state that is about to be replaced
-        if not self._read_only:
-            if self._fresh:
-                self._run.begin_fresh()
-                self._fresh = False
-                return Resumed()
-            self._run.hold()
-        listing = self._run.listing()
-        candidates = (
-            self._run.newest_first(listing) if step is None else [self._run.find(step, self._run.infos(listing))]
-        )
-        found = self._reader.restore_first(candidates, targets, strict, skip, map_location, self._mark)
-        if found is None:
-            if not self._read_only:
-                self._run.begin(listing)
-                self._saver.make_room(expected_bytes(targets))
-            return Resumed()
-        info, resumed = found
-        if not self._read_only:
-            self._saver.make_room(info.manifest.size if info.manifest else 0)
+        ranks = self._in_step()
+        restart = Restart(self._run, self.config, ranks, read_only=self._read_only, fresh=self._fresh)
+        info, resumed = restart.resume(targets, step, strict, skip, map_location)
+        self._fresh, self._is_begun = False, not self._read_only
+        size = expected_bytes(targets)
+        if info is not None:
             self._saver.goes_on_from(info)
-            self._run.go_on_from(info, listing, {one.url.removeprefix(f"{self._run.url}/") for one in resumed.skipped})
-            self._run.rotate()
-        self._schedule.saved(info.step, resumed.epoch)
-        warn_if_unhealthy(info, self._run.newest_first(listing))
+            self._schedule.saved(info.step, resumed.epoch)
+            size = info.manifest.size if info.manifest else 0
+        if not self._read_only:
+            self._saver.expect(size, targets, ranks)  # last: it takes the memory's speed
         return resumed
-
-    def _mark(self, info: CheckpointInfo, reason: str) -> None:
-        """A reader leaves no mark; a store that takes none must not hide the sound ones."""
-        if not self._read_only and info.damaged is None:
-            try:
-                self._run.repository.mark_damaged(info, reason)
-            except StoreError as exc:
-                _log.warning("damage.mark.failed step=%d url=%s cause=%s", info.step, self._run.url, exc)
 
     def warm_start(self, url: str | Path, model: torch.nn.Module, **choices: Any) -> WarmStarted:
         """Copy weights of another run or file into a model: `ckptmgr.warm_start`, which see for the
@@ -337,9 +352,11 @@ class CheckpointManager(Catalog):
     # What people change
 
     def delete(self, step: int | str) -> None:
-        """Delete one checkpoint, whatever the keep rules say. Raises `ConfigError` when it is pinned,
-        or when there are several of that step: name the folder then."""
-        self._settle()
+        """Delete one checkpoint, whatever the keep rules say. Every rank calls it. Raises `ConfigError` when it
+        is pinned, or when there are several of that step: name the folder then."""
+        self._on_rank_0("delete", lambda: self._delete(step))
+
+    def _delete(self, step: int | str) -> None:
         self._run.hold()
         infos = self._run.infos()
         info = self._run.find(step, infos)
@@ -351,18 +368,25 @@ class CheckpointManager(Catalog):
         self._run.drop(info)
 
     def prune(self, *, dry_run: bool = False) -> Plan:
-        """What the keep rules say of each checkpoint, carried out unless `dry_run`. Blocks."""
+        """What the keep rules say of each checkpoint, carried out unless `dry_run`. Blocks. Every rank calls
+        it, unless `dry_run`."""
         if dry_run:
             return self._run.plan()
-        self._settle()
+        return self._on_rank_0("prune", self._prune)
+
+    def _prune(self) -> Plan:
         self._run.hold()
         return self._run.retain()
 
     def rewind(self, step: int | str) -> None:
         """Archive every checkpoint newer than this one and go on from it; call `resume` to load it.
-        The archived data stays until `ckptmgr prune --archived`. Raises `DamagedError`, with nothing
-        changed, when this one can't be gone on from."""
-        self._settle()
+        The archived data stays until `ckptmgr prune --archived`. Every rank calls it. Raises
+        `DamagedError`, with nothing changed, when this one can't be gone on from."""
+        found, epoch = self._on_rank_0("rewind", lambda: self._rewind(step))
+        self._last_call = None
+        self._schedule.saved(found, epoch)
+
+    def _rewind(self, step: int | str) -> tuple[int, int | None]:
         self._run.hold()
         listing = self._run.listing()
         info = self._run.find(step, self._run.infos(listing))
@@ -370,8 +394,12 @@ class CheckpointManager(Catalog):
             raise DamagedError(f"step {info.step} in {self._run.url} is damaged: {info.damaged}; rewind to another")
         self._run.repository.open(info)
         self._run.go_on_from(info, listing)
-        self._last_call = None
-        self._schedule.saved(info.step, info.manifest.epoch)
+        return info.step, info.manifest.epoch
+
+    def _on_rank_0(self, what: str, make: Callable[[], T]) -> T:
+        """What rank 0 makes of the root while no save is in flight. Blocks."""
+        self._settle()
+        return self._in_step().prompt.exchange(what, lambda: None, lambda _: make())
 
     # One save
 
@@ -390,22 +418,60 @@ class CheckpointManager(Catalog):
 
     def _save(self, state: State, request: Request) -> Pending:
         self._settle()
+        ranks = self._ranks_now
+        if not self._is_begun:
+            ranks.prompt.exchange("the first save", lambda: None, lambda _: self._begin())
+            self._is_begun = True
+        heard = self._schedule.heard()  # what comes while the state is copied or written is for the next save
+        check = partial(self._check_new, request)
+        pending = self._saver.start(state, request, ranks, check, self._worker, self._schedule.alert)
+        self._note_saved(request, heard)
+        if not pending.in_background:
+            self._worker.wait()
+        return pending
+
+    def _begin(self) -> None:
+        """On rank 0: become the writer of a run."""
         if self._fresh:
             self._run.begin_fresh()
             self._fresh = False
         self._run.begin()
+
+    def _check_new(self, request: Request) -> None:
+        """On rank 0: whether a save can become what its request says, before anything is captured."""
         if request.step in self._run.steps and not request.overwrite:
             raise AlreadyExistsError(
                 f"step {request.step} is in {self._run.url} already; pass overwrite=True to replace it, "
                 "or save another step"
             )
+        others = [info for info in self._run.known() if info.step != request.step] if request.tags else []
+        for tag in request.tags:
+            self._run.repository.check_tag_free(tag, others)
         self._run.repository.names.format(request.step, request.epoch, self._run.name or "")  # now, not in the thread
-        heard = self._schedule.heard()  # what comes while the state is copied or written is for the next save
-        pending = self._saver.start(as_mapping(state), request, self._worker, self._schedule.alert)
-        self._note_saved(request, heard)
-        if not pending.in_background:
-            self._worker.raise_failure()
-        return pending
+
+    def _join(self) -> Coordinator:
+        """The ranks of this job; the first call finds them, so every rank has to make it. Blocks."""
+        if self._ranks is None:
+            timeout_s = self.config.ranks.timeout.total_seconds()
+            self._ranks = find_coordinator(digest(self._run.url.encode())[:16], timeout_s)
+            if self._ranks.world_size > 1:
+                self._schedule = JointSchedule(
+                    self._schedule, self._ranks, takes_requests=self.config.save.on_file is not None
+                )
+        return self._ranks
+
+    def _in_step(self) -> Coordinator:
+        """The ranks, when they still answer. Raises `CoordinationError`."""
+        ranks = self._join()
+        if ranks.problem is not None:
+            raise CoordinationError(f"{ranks.problem} (the ranks are not asked any more: restart the job to go on)")
+        return ranks
+
+    @property
+    def _ranks_now(self) -> Coordinator:
+        """Those that take part in a save: after the ranks have lost each other rank 0 alone, in an emergency."""
+        ranks = self._join()
+        return ranks if ranks.problem is None or ranks.rank else Solo()
 
     def _note_saved(self, request: Request, heard: tuple[int, int] | None = None) -> None:
         self._schedule.saved(request.step, request.epoch, heard)

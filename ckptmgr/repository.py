@@ -119,12 +119,16 @@ class Repository:
 
     def open(self, info: CheckpointInfo, level: str = "fast") -> Source:
         """A checkpoint's files for reading. Raises `DamagedError` when a size is wrong already."""
-        if info.manifest is None:
-            raise DamagedError(f"{self.store.url}/{info.name}: {info.damaged}")
-        source = Source(self.store, info.name, info.manifest, level)
+        source = self.source(info, level)
         if problems := source.problems("full" if level == "full" else "size" if level != "off" else "off"):
             raise DamagedError(f"{source.where}: " + "; ".join(map(str, problems)))
         return source
+
+    def source(self, info: CheckpointInfo, level: str = "fast") -> Source:
+        """The same, without a look at the store."""
+        if info.manifest is None:
+            raise DamagedError(f"{self.store.url}/{info.name}: {info.damaged}")
+        return Source(self.store, info.name, info.manifest, level)
 
     def verify(self, info: CheckpointInfo, level: str = "full") -> list[Problem]:
         """What is wrong with a checkpoint, file by file; `size` compares sizes, `full` reads all."""
@@ -142,6 +146,10 @@ class Repository:
             count += 1
             free = f"{name}.{count}"
         return Draft(self.store, free, new_nonce(), rename=self.renames)
+
+    def join(self, name: str, nonce: str) -> Draft:
+        """A draft that another process began, to write files into; that process commits or aborts it."""
+        return Draft(self.store, name, nonce, rename=self.renames, is_begun=True)
 
     def _is_taken(self, name: str) -> bool:
         """A rename needs a folder that does not exist; a manifest only that there is no other."""

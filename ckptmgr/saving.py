@@ -1,236 +1,169 @@
-"""How is one save made? From live objects to a committed checkpoint."""
+"""How is one save made? From live objects to a committed checkpoint, by all ranks together."""
 
 from __future__ import annotations
 
 import logging
-import math
-import operator
-import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from . import __version__
-from .arena import Arena, Staged, staged_size
+from .arena import staged_size
 from .background import Pending, Worker
+from .committing import Committer
 from .config import CheckpointConfig
 from .coordinator import Coordinator
-from .errors import AlreadyExistsError, ConfigError, FencedError, SaveFailedError
-from .formats import Plan, open_format
-from .manifest import CheckpointInfo, Manifest
-from .repository import Repository
+from .copying import Copier
+from .errors import ConfigError
+from .formats import open_format
+from .manifest import CheckpointInfo
+from .request import Request, State, as_mapping
 from .run import Run
-from .sharing import Sharing
-from .staging import Held, Live
-from .state import Recorder, non_finite
+from .state import Recorder, holds_sharded, non_finite
+from .state.shards import local
 from .state.snapshot import FlatSnapshot
+from .whole_save import WholeSave
+
+if TYPE_CHECKING:
+    from .sharded_save import ShardedSave, ShardPlans
 
 _log = logging.getLogger("ckptmgr.save")
-
-_RESERVED = {"step", "strict", "skip", "map_location", "rng"}
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the caller said of one save."""
-
-    step: int
-    epoch: int | None
-    metrics: Mapping[str, float]
-    reason: str = ""
-    tags: tuple[str, ...] = ()
-    pin: bool = False
-    overwrite: bool = False
 
 
 class Saver:
     """Makes saves of one run, in the background when the config says so."""
 
-    def __init__(self, run: Run, config: CheckpointConfig, ranks: Coordinator) -> None:
-        self._run, self._config, self._ranks = run, config, ranks
+    def __init__(self, run: Run, config: CheckpointConfig) -> None:
+        self._run, self._config = run, config
         self._format = open_format(config.format, split_size_bytes=config.split_size)
-        self._recorder, self._arena = Recorder(), Arena(config.max_staging)
-        self._sharing = (
-            Sharing(run.repository.store, partial(_mark_damaged, run.repository)) if config.share_unchanged else None
-        )
-        self._is_told = False  # that the state does not fit into memory a second time
-        self._fingerprint = config.fingerprint()
+        self._plans: ShardPlans | None = None
+        self._recorder, self._copier = Recorder(), Copier(config)
+        self._committer = Committer(run, config)
+        self._durable_s = 0.0  # that the last save took in all
 
-    def start(self, objects: Mapping[str, Any], request: Request, worker: Worker, after: Callable[[], None]) -> Pending:
-        """Capture and copy the state, then have the worker write it. Blocks until training may change
-        the state again; until the checkpoint is durable without `background`, or when the copy does not fit
-        into memory. `after` is called when it has ended."""
+    def start(
+        self,
+        state: State,
+        request: Request,
+        ranks: Coordinator,
+        check: Callable[[], None],
+        worker: Worker,
+        after: Callable[[], None],
+    ) -> Pending:
+        """Capture and copy the state, then have the worker write it. Every rank calls it. Blocks until training
+        may change the state again; until the checkpoint is durable without `background`, or when the copy does
+        not fit into memory. Rank 0 calls `check` before anything is captured; `after` is called when it has ended."""
         began = time.monotonic()
-        flat = self._recorder.capture(objects, only=self._config.only)
-        healthy = self._is_healthy(flat, request)
-        plan = self._format.plan(flat)
-        copy = self._copy(plan, flat)
-        held: Held = copy or Live(plan.regions, flat)
-        if copy is not None:
-            flat = replace(flat, tensors=())  # the copy is what is written: nothing holds on to what training drops
-        about = Manifest(
-            step=request.step,
-            run=self._run.name or "",
-            attempt=self._run.attempt,
-            nonce="",  # the draft's, at commit
-            time=datetime.now(UTC),
-            format=self._format.name,
-            files=(),
-            epoch=request.epoch,
-            metrics=request.metrics,
-            parent=self._run.parent,
-            world_size=self._ranks.world_size,
-            tags=request.tags,
-            healthy=healthy,
-            versions={
-                "ckptmgr": __version__,
-                "torch": str(torch.__version__),
-                "python": ".".join(map(str, sys.version_info[:3])),
-            },
-            config=self._fingerprint,
-        )
+        save: WholeSave | ShardedSave | None = None
+
+        def mine() -> tuple[bool, Any]:
+            nonlocal save
+            if not ranks.rank:
+                check()
+            objects = as_mapping(state)
+            is_sharded = self._is_sharded(objects, ranks)
+            save = self._sharded(request) if is_sharded else self._whole(request)
+            return is_sharded, save.capture(objects, self._config.only, ranks)
+
+        def decide(parts: Sequence[tuple[bool, Any]]) -> Any:
+            assert save is not None
+            if odd := [rank for rank, (is_sharded, _) in enumerate(parts) if is_sharded != parts[0][0]]:
+                raise ConfigError(
+                    f"the state holds sharded tensors (DTensor) on some ranks, but on rank {odd[0]} it does not as on "
+                    "rank 0: give every rank the same objects"
+                )
+            return save.decide([part for _, part in parts])
+
+        answer = ranks.prompt.exchange(f"save of step {request.step}", mine, decide)
+        assert save is not None
+        is_background = save.take(answer, ranks)
         stall = time.monotonic() - began
 
-        def save() -> CheckpointInfo:
-            nonlocal plan, flat, held
+        def write() -> CheckpointInfo:
+            nonlocal save
+            assert save is not None
             try:
-                info = self._write(plan, flat, held, about, request)
+                info = save.write(ranks)
             except Exception as exc:
                 # The caller hears of it at its next call; a script that makes none has this line.
                 _log.error("save.failed step=%d url=%s cause=%s", request.step, self._run.url, exc)
                 _forget_state(exc)
                 raise
             finally:
-                del plan, flat, held  # whoever holds the error holds this frame, but not the state
-            size = info.manifest.size if info.manifest else 0
-            _log.info(
-                "save.commit.done step=%d url=%s/%s bytes=%d stall_s=%.3f durable_s=%.3f reason=%s",
-                info.step, self._run.url, info.name, size, stall, time.monotonic() - began, request.reason,
-            )  # fmt: skip
+                save = None  # whoever holds the error holds this frame, but not the state
+            self._durable_s = time.monotonic() - began
+            if not ranks.rank:
+                size = info.manifest.size if info.manifest else 0
+                _log.info(
+                    "save.commit.done step=%d url=%s/%s bytes=%d stall_s=%.3f durable_s=%.3f reason=%s",
+                    info.step, self._run.url, info.name, size, stall, self._durable_s, request.reason,
+                )  # fmt: skip
             return info
 
-        return worker.submit(request.step, self._run.url, save, after, in_background=copy is not None)
+        return worker.submit(request.step, self._run.url, write, after, in_background=is_background)
 
-    def prepare(self, objects: Mapping[str, Any]) -> None:
+    def _is_sharded(self, objects: Mapping[str, Any], ranks: Coordinator) -> bool:
+        """Whether every rank writes its part: of sharded tensors, and of any with format `dcp`."""
+        return holds_sharded(objects) or (self._config.format == "dcp" and ranks.world_size > 1)
+
+    def _whole(self, request: Request) -> WholeSave:
+        return WholeSave(request, self._format, self._recorder, self._copier, self._committer, self._odd)
+
+    def _sharded(self, request: Request) -> ShardedSave:
+        from .sharded_save import ShardedSave, ShardPlans  # here, as it takes long to import
+
+        if self._plans is None:
+            self._plans = ShardPlans(self._config.split_size)
+        return ShardedSave(request, self._plans, self._recorder, self._copier, self._committer, self._odd)
+
+    def _odd(self, flat: FlatSnapshot) -> Sequence[str]:
+        """The names of tensors that are not finite, where the config asks for it."""
+        return non_finite(flat) if self._config.check_finite else ()
+
+    def prepare(self, objects: Mapping[str, Any], ranks: Coordinator) -> None:
         """Plan the files of a state like this one, and make the memory for its copy. Blocks."""
-        plan = self._format.plan(self._recorder.capture(objects, only=self._config.only))
-        self.make_room(staged_size(plan.regions)).result()
+        if self._is_sharded(objects, ranks):
+            flat = self._recorder.capture(objects, only=self._config.only, rank=ranks.rank)
+            self._copier.make_room(local_bytes(flat)).result()
+        elif not ranks.rank:
+            plan = self._format.plan(self._recorder.capture(objects, only=self._config.only))
+            self._copier.make_room(staged_size(plan.regions)).result()
 
-    def make_room(self, size: int) -> Future[None]:
-        """Make the memory for a copy of `size` bytes, in the background, where it is going to be used."""
-        wanted = size if self._config.background and self._arena.has_room(size) else 0
-        try:
-            return self._arena.prepare(wanted)
-        except MemoryError:  # the first save tries again, and tells of it
-            return self._arena.prepare(0)
+    def expect(self, size: int, objects: Mapping[str, Any], ranks: Coordinator) -> None:
+        """Begin to make the memory for copies of a state of `size` bytes. Of a sharded one every rank
+        copies its part; of any other rank 0 alone copies it."""
+        if holds_sharded(objects):
+            self._copier.make_room(size // ranks.world_size + (1 << 20))
+        elif not ranks.rank:
+            self._copier.make_room(size)
+
+    def fits(self, stopping_s: float | None) -> bool:
+        """Whether a save like the last one ends in the time that is left, so long after the process was told to
+        stop; if not, a warning says so."""
+        grace = self._config.save.grace
+        if grace is None or stopping_s is None:
+            return True
+        left = grace.total_seconds() - stopping_s
+        if self._durable_s <= left:
+            return True
+        _log.warning(
+            "save.hurry: the last save took %.1f s, and of save.grace %.1f s are left: training waits while this one "
+            "is written, without a copy", self._durable_s, left,
+        )  # fmt: skip
+        return False
 
     def goes_on_from(self, info: CheckpointInfo) -> None:
         """The next save may share files with this checkpoint."""
-        if self._sharing is not None:
-            self._sharing.found(info)
+        self._committer.goes_on_from(info)
 
     def close(self) -> None:
         """Give the memory back. No save may be in flight."""
-        self._arena.release()
-
-    def _copy(self, plan: Plan, flat: FlatSnapshot) -> Staged | None:
-        """The tensors copied into the arena; None when they are to be written from where they are."""
-        if not self._config.background:
-            return None
-        size = staged_size(plan.regions)
-        if self._arena.has_room(size):
-            with suppress(MemoryError):
-                return self._arena.hold(plan.regions, flat)
-        if not self._is_told:
-            self._is_told = True
-            limit = self._config.max_staging
-            why = "more than is free" if limit is None else f"more than is free or than max_staging, {limit:,}"
-            _log.warning(
-                "save.synchronous: training waits for the whole save, as a copy of the state takes %s bytes, %s",
-                f"{size:,}", why,
-            )  # fmt: skip
-        return None
-
-    def _is_healthy(self, flat: FlatSnapshot, request: Request) -> bool:
-        odd = [f"metric {name}" for name, value in request.metrics.items() if not math.isfinite(value)]
-        if self._config.check_finite:
-            odd += non_finite(flat)
-        if odd:
-            more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-            _log.warning("save.unhealthy step=%d not finite: %s%s", request.step, ", ".join(odd[:5]), more)
-        return not odd
-
-    def _write(self, plan: Plan, flat: FlatSnapshot, held: Held, about: Manifest, request: Request) -> CheckpointInfo:
-        repository = self._run.repository
-        try:
-            draft = repository.begin(request.step, request.epoch, about.run)
-            try:
-                sharing = self._sharing
-                sink = draft if sharing is None else sharing.sink(draft, lambda: repository.records()[1])
-                plan.write(flat, held, sink)
-                info = draft.commit(about, self._config.verify.on_save, self._run.check, pin=request.pin)
-            except BaseException:
-                draft.abort()
-                raise
-        except (FencedError, AlreadyExistsError, ConfigError):
-            raise
-        except Exception as exc:
-            raise SaveFailedError(
-                f"step {request.step} was not saved to {self._run.url}: {exc}; the checkpoints before it are untouched"
-            ) from exc
-        if self._sharing is not None:
-            self._sharing.offer(info)
-        self._run.committed(info, replaces=request.overwrite)
-        return info
+        self._copier.close()
 
 
-def as_floats(metrics: Mapping[str, Any] | None) -> Mapping[str, float]:
-    """Metrics as plain numbers (0-d tensors and numpy scalars too). Raises `ConfigError` naming one that isn't."""
-    values = {}
-    for name, value in (metrics or {}).items():
-        try:
-            values[str(name)] = float(value.detach() if isinstance(value, torch.Tensor) else value)
-        except (TypeError, ValueError, OverflowError, RuntimeError) as exc:
-            raise ConfigError(f"metric {name!r} is {value!r:.100}, not a number: {exc}") from exc
-    return values
-
-
-def as_mapping(state: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The state itself, from the callable if it is one. Raises `ConfigError` for anything else."""
-    is_factory = callable(state) and not hasattr(state, "state_dict")
-    objects = state() if is_factory and not isinstance(state, Mapping) else state
-    if not isinstance(objects, Mapping) or not objects:
-        raise ConfigError(
-            f"state must be a mapping of entry names to objects, such as {{'model': model}}, or a callable that "
-            f"returns one; got {type(objects).__name__}"
-        )
-    if taken := [name for name in objects if name in _RESERVED]:
-        raise ConfigError(f"an entry can't be named {', '.join(taken)}: resume() takes that as an argument; rename it")
-    return objects
-
-
-def as_count(value: Any, name: str) -> int:
-    """A step or an epoch. Raises `ConfigError` for what does not count completed ones: 1.5, -1, True."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = -1
-    if isinstance(value, bool) or count < 0:
-        raise ConfigError(f"{name}={value!r}: {name} counts completed {name}s, a whole number of at least 0")
-    return count
-
-
-def _mark_damaged(repository: Repository, info: CheckpointInfo, reason: str) -> None:
-    if repository.is_there(info):  # what was deleted meanwhile is not damaged
-        repository.mark_damaged(info, reason)
+def local_bytes(flat: FlatSnapshot) -> int:
+    """About how much room a copy of what is on this rank takes."""
+    return sum(local(tensor).nbytes + 2048 for tensor in flat.tensors) + (1 << 20)
 
 
 def _forget_state(error: BaseException | None) -> None:
@@ -241,21 +174,3 @@ def _forget_state(error: BaseException | None) -> None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None
         error = error.__cause__ or error.__context__
-
-
-def expected_bytes(objects: Mapping[str, Any]) -> int:
-    """About how many bytes the tensors of modules and optimizers will have once training has begun."""
-    total = 0
-    for value in objects.values():
-        if isinstance(value, torch.nn.Module):
-            total += sum(tensor.nbytes for tensor in (*value.parameters(), *value.buffers()) if not _is_lazy(tensor))
-        elif isinstance(value, torch.optim.Optimizer):
-            for group in value.param_groups:
-                # Adam and its kin keep two or three numbers per parameter, momentum one.
-                count = 2 + bool(group.get("amsgrad")) if "betas" in group else int(bool(group.get("momentum")))
-                total += count * sum(p.nbytes for p in group["params"] if p.requires_grad and not _is_lazy(p))
-    return total + total // 128 + (1 << 20) if total else 0  # with headers, step counts and page ends
-
-
-def _is_lazy(tensor: torch.Tensor) -> bool:
-    return tensor.is_meta or torch.nn.parameter.is_lazy(tensor)

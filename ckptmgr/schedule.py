@@ -7,6 +7,7 @@ which no trigger can speak, so that a call that is not due costs a few compariso
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 
 from .signals import SignalWatch
@@ -52,17 +53,24 @@ class Schedule:
 
     def decide(self, step: int, epoch: int | None, metrics: Mapping[str, float]) -> Decision:
         """Ask the triggers. Changes nothing: a save that is due stays due until `saved`."""
-        moment = Moment(
-            step,
-            epoch,
-            metrics,
-            self._clock() - self._last_time,
-            self.last_step,
-            self._last_epoch,
-            self._signals.pending,
-            tuple(self._requests),
-        )
-        return Decision(self._rule.due(moment))
+        return Decision(self._rule.due(self._moment(step, epoch, metrics)))
+
+    def listen(self) -> bool:
+        """Whether another rank knows of a save that failed: there is no other."""
+        return False
+
+    def vote(self, step: int, epoch: int | None, metrics: Mapping[str, float], *, trouble: bool) -> None:
+        """Tell other ranks what this one wants: there are none."""
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether a terminating signal came."""
+        return self._signals.stop
+
+    @property
+    def stopping_s(self) -> float | None:
+        """How long ago it came to this process, or None."""
+        return None if self._signals.stopped_at is None else time.monotonic() - self._signals.stopped_at
 
     def calm(self) -> None:
         """Back to the fast path. Whoever calls it looks afterwards at whatever may have alerted."""
@@ -74,6 +82,10 @@ class Schedule:
     def is_asked(self) -> bool:
         """Whether a signal or a request has come that no save has answered yet."""
         return bool(self._requests or self._signals.pending)
+
+    def agree_is_asked(self) -> bool:
+        """The same, of any rank."""
+        return self.is_asked
 
     def heard(self) -> tuple[int, int]:
         """How many requests and signals have come that no save has answered: a save begun now answers those."""
@@ -90,6 +102,18 @@ class Schedule:
         del self._requests[:requests]
         if self.is_asked:
             self.alert()
+
+    def _moment(self, step: int, epoch: int | None, metrics: Mapping[str, float]) -> Moment:
+        return Moment(
+            step,
+            epoch,
+            metrics,
+            self._clock() - self._last_time,
+            self.last_step,
+            self._last_epoch,
+            self._signals.pending,
+            tuple(self._requests),
+        )
 
     def _look_ahead(self) -> None:
         now = Moment(self.last_step, self._last_epoch, last_step=self.last_step, last_epoch=self._last_epoch)

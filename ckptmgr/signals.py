@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ class SignalWatch:
 
     def __init__(self, names: Sequence[str], on_signal: Callable[[], None] | None = None) -> None:
         self.stop = False
+        self.stopped_at: float | None = None  # when `stop` became true, by time.monotonic
         self.on_signal = on_signal
         self._names = tuple(names)
         self._seen: deque[str] = deque()
@@ -81,7 +83,8 @@ class SignalWatch:
         if self.stop and name in _TERMINATING:
             return False
         self._seen.append(name)
-        self.stop = self.stop or name in _TERMINATING
+        if name in _TERMINATING and not self.stop:
+            self.stop, self.stopped_at = True, time.monotonic()
         if self.on_signal is not None:
             self.on_signal()
         return True

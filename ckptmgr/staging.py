@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -19,18 +20,22 @@ from .errors import StateMismatchError
 from .memory import address, move
 from .state.snapshot import FlatSnapshot
 
+_BEGIN = itemgetter(0)
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
     """A run of `size` bytes made of tensors: after `header`, tensor `numbers[k]` begins at `begins[k]`.
     In order and without overlap. A tensor's bytes are those of its contiguous form, or with
-    `keeps_strides` those of its own memory where that is dense."""
+    `keeps_strides` those of its own memory where that is dense. `texts` are further bytes besides
+    tensors, each with its begin, in order."""
 
     size: int
     numbers: Sequence[int]
     begins: Sequence[int]
     header: bytes = b""
     keeps_strides: bool = False
+    texts: Sequence[tuple[int, bytes]] = ()
 
 
 class Part(Protocol):
@@ -84,6 +89,11 @@ class Gathered:
         if begin < len(region.header):
             piece = region.header[begin:end]
             out[: len(piece)] = piece
+        first = max(0, bisect_right(region.texts, begin, key=_BEGIN) - 1)
+        for k in range(first, bisect_left(region.texts, end, key=_BEGIN)):
+            at, text = region.texts[k]
+            piece = text[max(0, begin - at) : end - at]
+            out[max(0, at - begin) : max(0, at - begin) + len(piece)] = piece
         first = max(0, bisect_right(region.begins, begin) - 1)
         for k in range(first, bisect_left(region.begins, end)):
             at, tensor = region.begins[k], flat.tensors[region.numbers[k]]

@@ -501,12 +501,12 @@ def test_a_meta_tensor_keeps_shape_and_dtype() -> None:
     assert (back.device.type, back.shape, back.dtype) == ("meta", (2, 3), torch.bfloat16)
 
 
-def test_a_sharded_tensor_is_refused_with_the_way_out() -> None:
-    class DTensor(torch.Tensor):
+def test_a_tensor_sharded_in_the_old_way_is_refused_with_the_way_out() -> None:
+    class ShardedTensor(torch.Tensor):
         pass
 
-    with pytest.raises(ConfigError, match=r"model\.w is a DTensor.*dcp"):
-        encode({"w": torch.ones(2).as_subclass(DTensor)}, path="model")
+    with pytest.raises(ConfigError, match=r"model\.w is a ShardedTensor.*FSDP2"):
+        encode({"w": torch.ones(2).as_subclass(ShardedTensor)}, path="model")
 
 
 def test_another_tensor_class_is_never_flattened() -> None:

@@ -2,21 +2,28 @@
 
 Each `tests/data/format-N` was written by `write` below, once, by the first version of ckptmgr that wrote
 this format; it is never written again. A later format version adds a folder of its own beside it.
+`tests/data/ranks-2` was written by `write_ranks` in the same way; 2 is the version of the files of ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import random
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ckptmgr import CheckpointManager
+from ckptmgr import CheckpointManager, per_rank
+from ckptmgr.formats import open_format
+from ckptmgr.formats.rank_files import OwnState
 from ckptmgr.manifest import Manifest
 from ckptmgr.repository import Repository
+from ckptmgr.staging import Live
+from ckptmgr.state import Recorder, materialize, restore_rng
 from ckptmgr.store.local import LocalStore
 
 GOLDEN = Path(__file__).parent / "data"
@@ -45,6 +52,25 @@ def write(root: Path) -> None:
             mgr.resume()
             mgr.save(state(), step, epoch=0, metrics={"loss": 0.25}, tags=[f"as-{format}"])
     share(Repository(LocalStore(root)))
+
+
+def own(rank: int) -> dict[str, Any]:
+    random.seed(rank)
+    torch.manual_seed(rank)
+    order = torch.arange(rank, rank + 3)
+    return {"model": torch.ones(2), "sampler": per_rank({"at": rank, "order": order, "again": order})}
+
+
+def write_ranks(root: Path) -> None:
+    """A checkpoint of two ranks, as their rank 0 writes it."""
+    repository = Repository(LocalStore(root))
+    for step, name in ((1, "safetensors"), (2, "torch")):
+        flat = Recorder().capture(own(0))
+        flat = dataclasses.replace(flat, ranks={**flat.ranks, 1: Recorder().capture_part(own(1))})
+        draft = repository.begin(step, None, "golden")
+        plan = open_format(name).plan(flat)
+        plan.write(flat, Live(plan.regions, flat), draft)
+        draft.commit(Manifest(step, "golden", 1, "", datetime.now(UTC), name, (), world_size=2))
 
 
 def share(repository: Repository) -> None:
@@ -87,12 +113,33 @@ def test_a_checkpoint_of_every_format_version_opens(version: int) -> None:
                     )
             assert loaded["optimizer"] == expected["optimizer"]
             assert repr(loaded["plain"]) == repr(expected["plain"])
-        assert mgr.resume().rng.restored != ()
+        assert set(mgr.resume().rng.restored) >= {"python", "torch"}
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_what_ranks_saved_for_themselves_comes_back(step: int) -> None:
+    repository = Repository(LocalStore(GOLDEN / "ranks-2"))
+    info = repository.find(step)
+    assert info.manifest is not None
+    assert info.manifest.world_size == 2
+    stored = open_format(info.manifest.format).open(repository.open(info, "full"))
+    for rank in (0, 1):
+        part = stored.part(rank)
+        assert part is not None
+        state = OwnState(stored, part)
+        sampler = materialize(state, ["sampler"], state.fetch)["sampler"]
+        assert (sampler["at"], sampler["order"].tolist()) == (rank, [rank, rank + 1, rank + 2])
+        assert sampler["again"] is sampler["order"]
+        assert set(restore_rng(part.rng).restored) >= {"python", "torch"}
+        drawn = random.random(), torch.rand(1).item()
+        own(rank)
+        assert drawn == (random.random(), torch.rand(1).item())
+    assert stored.part(2) is None
 
 
 def test_a_manifest_is_written_again_as_it_was_read() -> None:
     """An archived checkpoint of an earlier version stays one of that version."""
-    for path in sorted(GOLDEN.glob("format-*/*/manifest.json")):
+    for path in sorted(GOLDEN.glob("*/*/manifest.json")):
         manifest = Manifest.from_json(path.read_bytes())
         assert Manifest.from_json(manifest.to_json()) == manifest
         assert manifest.to_json() == path.read_bytes()
@@ -100,3 +147,4 @@ def test_a_manifest_is_written_again_as_it_was_read() -> None:
 
 if __name__ == "__main__":
     write(Path(sys.argv[1]))
+    write_ranks(Path(sys.argv[1]) / "ranks")

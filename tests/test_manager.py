@@ -23,7 +23,6 @@ from ckptmgr import (
     AlreadyExistsError,
     CheckpointManager,
     ConfigError,
-    CoordinationError,
     DamagedError,
     FencedError,
     NotFoundError,
@@ -31,6 +30,7 @@ from ckptmgr import (
     SaveFailedError,
     StoreError,
 )
+from ckptmgr.coordinator import Solo
 from ckptmgr.testing import Crash, CrashingStore, MemoryStore, SlowStore
 
 
@@ -667,15 +667,14 @@ def test_manifests_hold_no_storage_options(tmp_path: Path) -> None:
         assert not path.is_file() or b"hunter2" not in path.read_bytes()
 
 
-def test_a_job_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_process_group_of_one_rank_is_no_group(tmp_path: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )
     try:
-        CheckpointManager(str(tmp_path / "one")).close()
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        with pytest.raises(CoordinationError, match="2 ranks"):
-            CheckpointManager(str(tmp_path / "two"))
+        with CheckpointManager(str(tmp_path / "one")) as manager:
+            manager.save(state(), 1)
+        assert manager.info(1).manifest.world_size == 1
     finally:
         torch.distributed.destroy_process_group()
 
@@ -905,7 +904,7 @@ def test_a_step_ahead_of_an_older_attempt_does_not_stand_in_the_way(
     new = open_manager(takeover=True, keep={"last": None})
     new.resume()
     frozen._run.check = lambda: None  # type: ignore[method-assign]  # it looked before it froze, and commits now
-    frozen._saver.start({"x": 1}, frozen._request(300, None, None), frozen._worker, lambda: None)
+    frozen._saver.start({"x": 1}, frozen._request(300, None, None), Solo(), list, frozen._worker, list)
     new.save(state(), 250)
     new.close()
     third = open_manager(save={"every_steps": 100}, keep={"last": None})

@@ -80,6 +80,7 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata under a recent torch
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")  # one process
 def test_every_block_of_the_readme_runs(folder: Path, names: dict[str, Any]) -> None:
     for block in blocks():
         where = f"README.md line {block.line}"

@@ -23,6 +23,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import ckptmgr.state
 from ckptmgr.errors import ConfigError, DamagedError, StateMismatchError
 from ckptmgr.state import PickleWarning, capture, match, materialize, unclaimed
+from ckptmgr.state.codec import from_json
 from ckptmgr.state.snapshot import Snapshot, StoredTensor, map_leaves
 
 # torch warns of itself: of its own imports, and of its deprecated parts.
@@ -37,12 +38,16 @@ class Stored:
     def __init__(self, snapshot: Snapshot) -> None:
         self._bytes: dict[int, StoredTensor] = {}
         self._values: dict[StoredTensor, torch.Tensor] = {}
-        self.notes = snapshot.notes
-        self.rng = snapshot.rng
+        own = snapshot.ranks[0]
+        self.notes = snapshot.notes | own.notes
         self._objects = snapshot.objects
         self.fetched: list[StoredTensor] = []
         self.placed: list[StoredTensor] = []
         self.entries = {name: map_leaves(tree, self._store) for name, tree in snapshot.entries.items()}
+        tensors = list(map(from_json, own.tensors))
+        for name, tree in own.entries.items():
+            live = map_leaves(tree, lambda leaf, _: tensors[leaf["$tensor"]] if isinstance(leaf, dict) else leaf)
+            self.entries[name] = map_leaves(live, self._store)
 
     def _store(self, leaf: Any, path: tuple[str, ...]) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -54,6 +59,9 @@ class Stored:
             self._bytes[id(leaf)] = stored
             self._values[stored] = leaf.detach().clone()
         return self._bytes[id(leaf)]
+
+    def part(self, rank: int) -> None:
+        """All is in the entries."""
 
     def fetch(
         self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"

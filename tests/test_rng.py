@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ckptmgr.errors import DamagedError
-from ckptmgr.state import RngReport, capture_rng, restore_rng
-from ckptmgr.state.codec import from_json, to_json
+from ckptmgr.state import RngReport, capture_rng, derive_rng, restore_rng
+from ckptmgr.state.codec import encode, from_json, to_json
 
 
 def draw() -> list[Any]:
@@ -30,6 +30,32 @@ def test_all_generators_of_the_process_go_on_where_they_were() -> None:
     report = restore_rng(tree)
     assert draw() == expected
     assert report == RngReport(("python", "torch", "numpy"), ())
+
+
+def test_a_state_of_python_s_generator_as_first_versions_wrote_it_goes_on_too() -> None:
+    random.gauss()
+    tree = encode({"python": random.getstate()})
+    assert len(tree["python"]["$tuple"][1]["$tuple"]) == 625
+    expected = [random.gauss(), random.random()]
+    assert restore_rng(tree) == RngReport(("python",))
+    assert [random.gauss(), random.random()] == expected
+
+
+def test_derived_generators_are_the_same_for_the_same_origin_and_apart_otherwise() -> None:
+    tree, other = capture_rng(), {"python": 3}
+    drawn = []
+    for origin, step, rank in ((tree, 1, 0), (tree, 2, 0), (tree, 1, 1), (other, 1, 0), (tree, 1, 0)):
+        assert derive_rng(origin, step, rank) == RngReport(derived=("python", "torch", "numpy"))
+        drawn.append([random.random(), np.random.rand(), torch.rand(1).item()])
+    assert drawn[4] == drawn[0]
+    assert len({number for one in drawn for number in one}) == 4 * 3
+
+
+def test_derived_generators_of_a_process_without_numpy_are_python_s_and_torch_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "numpy")
+    assert derive_rng({}, 1, 0).derived == ("python", "torch")
 
 
 def test_capturing_moves_no_generator() -> None:
@@ -88,7 +114,15 @@ def test_every_device_in_use_is_captured_and_put_back(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     "tree",
-    [{"python": [3]}, {"torch": torch.zeros(3)}, {"numpy": {"$tuple": ["PCG", 1]}}, {"torch": {"$no": 1}}, [], None],
+    [
+        {"python": {"version": 3, "words": {"$bytes": "AA=="}, "gauss": None}},
+        {"python": [3]},
+        {"torch": torch.zeros(3)},
+        {"numpy": {"$tuple": ["PCG", 1]}},
+        {"torch": {"$no": 1}},
+        [],
+        None,
+    ],
 )
 def test_a_state_that_is_none_is_damage(tree: Any) -> None:
     with pytest.raises(DamagedError):

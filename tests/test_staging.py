@@ -119,7 +119,7 @@ def test_nothing_of_the_state_is_kept_alive_by_its_copy() -> None:
     tensor = torch.ones(100)
     flat = flatten(Snapshot({"model": tensor}))
     held = Arena().hold(SafetensorsFormat().plan(flat).regions, flat)
-    flat = FlatSnapshot(flat.entries, (), {}, None, None, flat.shape)
+    flat = FlatSnapshot(flat.entries, (), {}, None, {}, flat.shape)
     gc.collect()
     holders = [one for one in gc.get_referrers(tensor) if one is not globals() and type(one).__name__ != "frame"]
     assert holders == []

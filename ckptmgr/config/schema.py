@@ -87,6 +87,9 @@ class SaveConfig(_Section):
     """When this predicate, callable(Moment) -> bool, says so: an import path such as mytrain.rules:loss_improved."""
     on_signals: list[SignalName] = ["SIGTERM"]
     """When the process receives one of these; SIGTERM, SIGINT, SIGHUP and SIGQUIT also ask the loop to stop."""
+    grace: Duration | None = None
+    """How long the process lives after a signal to stop, such as 30s. A save that took longer the last time is then
+    written without the copy, while training waits."""
     on_file: PlainName | None = None
     """When a file of this name appears in the root: it is removed, and saves once."""
     on_close: bool = False
@@ -143,6 +146,13 @@ class StorageConfig(_Section):
     """Passed to the fsspec filesystem as they are. Never shown, logged or stored."""
 
 
+class RanksConfig(_Section):
+    """How the ranks of a job work together."""
+
+    timeout: Duration = timedelta(minutes=10)
+    """How long any rank may keep the others waiting before they all give up."""
+
+
 class CheckpointConfig(_Section):
     """Every setting of a `CheckpointManager`. Building one raises a `ConfigError` that lists every problem."""
 
@@ -158,8 +168,8 @@ class CheckpointConfig(_Section):
     """Folder names; fields are step, epoch and run; must contain step."""
     latest: PlainName = "latest"
     """The name of the small text file that names the newest checkpoint."""
-    format: Literal["safetensors", "torch"] = "safetensors"
-    """How tensors are written: safetensors or torch."""
+    format: Literal["safetensors", "torch", "dcp"] = "safetensors"
+    """How tensors are written: safetensors, torch, or dcp (every rank writes its part; sharded state always is)."""
     split_size: Size = 5_000_000_000
     """A tensor file that would be larger is split."""
     only: Entries | None = None
@@ -190,6 +200,15 @@ class CheckpointConfig(_Section):
     """Load pickled objects from checkpoints. They can run any code."""
     lease_ttl: Duration = timedelta(seconds=60)
     """How long a dead writer keeps others out, on stores without file locks."""
+    read: Literal["auto", "all", "rank0", "per_node"] = "auto"
+    """Which ranks read a checkpoint that is not sharded: all, rank0 (which tells the others), per_node (one each), or
+    auto: all on a local disk, rank0 over a network."""
+    on_world_change: Literal["exact", "derive", "drop"] = "derive"
+    """What a resume by another number of ranks does with random generators and per_rank entries: exact (refuses),
+    derive (seeds each rank's generators anew, from the checkpoint) or drop (leaves the generators as they are). The
+    last two leave per_rank entries as they are."""
+    ranks: RanksConfig = RanksConfig()
+    """How the ranks of a job work together."""
     storage: StorageConfig = StorageConfig()
     """How to reach the store."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from ..errors import FormatVersionError
+from ..errors import ConfigError, FormatVersionError
 from ..manifest import FileEntry
 from ..staging import Held, Live, Region
-from ..state.snapshot import FlatSnapshot, Snapshot, StoredState, flatten
+from ..state.shards import is_sharded
+from ..state.snapshot import FlatSnapshot, Snapshot, StoredState, flatten, map_leaves
 from ..transfer import Body, Segment
 
 if TYPE_CHECKING:
@@ -103,6 +105,26 @@ def open_format(name: str, *, split_size_bytes: int | None = None) -> Format:
         return SafetensorsFormat(split_size_bytes)
     if name == "torch":
         return TorchFormat()
+    if name == "dcp":  # by its name only: it is built upon this package, and takes long to import
+        sharded: Format = import_module("ckptmgr.sharded.state").ShardedFormat(split_size_bytes)
+        return sharded
     raise FormatVersionError(
-        f"format {name!r} is not known to this version of ckptmgr (it knows safetensors and torch); install a newer one"
+        f"format {name!r} is not known to this version of ckptmgr (it knows safetensors, torch and dcp); install a "
+        "newer one"
     )
+
+
+def refuse_sharded(flat: FlatSnapshot, format_name: str) -> None:
+    """Raises `ConfigError` naming the first sharded tensor, which only format `dcp` writes."""
+    if not flat.has_sharded:
+        return
+
+    def look(leaf: Any, path: tuple[str, ...]) -> None:
+        if isinstance(leaf, dict) and is_sharded(flat.tensors[leaf["$tensor"]]):
+            raise ConfigError(
+                f"{'.'.join(path)} is sharded (a DTensor), and format {format_name} writes whole tensors; set "
+                "format: dcp, which writes each rank's part"
+            )
+
+    for entry, tree in flat.entries.items():
+        map_leaves(tree, look, (entry,))

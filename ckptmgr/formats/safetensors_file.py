@@ -9,8 +9,9 @@ import torch
 
 from ..staging import Held, Region, is_dense, is_special, refuse_meta
 from ..state.snapshot import FlatSnapshot, Snapshot, StoredState, map_leaves
-from . import FileSink, FileSource, write_live
+from . import FileSink, FileSource, refuse_sharded, write_live
 from .json_texts import JsonTexts
+from .rank_files import rank_bodies
 from .safetensors_layout import MAX_HEADER_SIZE, lay_out, portable
 from .safetensors_state import SPECIAL_NAME, SafetensorsState
 from .state_file import file_stems, save_torch, state_bodies
@@ -33,8 +34,9 @@ class SafetensorsFormat:
         self._last: _SafetensorsPlan | None = None
 
     def plan(self, flat: FlatSnapshot) -> _SafetensorsPlan:
-        """See `Format.plan`. Raises `StateMismatchError` for a meta tensor."""
+        """See `Format.plan`. Raises `StateMismatchError` for a meta tensor, and `ConfigError` for a sharded one."""
         if self._last is None or self._last.shape is not flat.shape:
+            refuse_sharded(flat, self.name)
             self._last = _SafetensorsPlan(flat, self._split_size)
         return self._last
 
@@ -65,7 +67,8 @@ class _SafetensorsPlan:
             with sink.create(SPECIAL_NAME) as file:
                 save_torch({str(number): held.tensor(number).detach() for number in self._special}, file)
         body = {"entries": flat.entries, "tensors": self._rows}
-        sink.write({**held.parts, **state_bodies(self._texts, SafetensorsFormat.name, flat, body)})
+        beside = state_bodies(self._texts, SafetensorsFormat.name, flat, body)
+        sink.write({**held.parts, **beside, **rank_bodies(flat.ranks)})
 
     def _add_rows(self, flat: FlatSnapshot, entries: dict[str, _EntryTensors]) -> None:
         """The row of each tensor in `state.json`; file, begin and end are filled in later."""

@@ -40,7 +40,7 @@ def body(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None
     placed = layout.tensors
     size = placed[-1].end if placed else len(layout.header)
     region = Region(size, range(len(placed)), [each.begin for each in placed], layout.header)
-    return Gathered(region, FlatSnapshot({}, [tensors[each.key] for each in placed], {}, None, None, None))
+    return Gathered(region, FlatSnapshot({}, [tensors[each.key] for each in placed], {}, None, {}, None))
 
 
 def _plan(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> Layout:

@@ -14,12 +14,14 @@ import torch
 from ..errors import DamagedError, FormatVersionError
 from ..manifest import FileEntry
 from ..staging import is_dense
-from ..state.snapshot import StoredTensor, Tree
+from ..state.shards import is_sharded
+from ..state.snapshot import StoredPart, StoredTensor, Tree
 from ..transfer import Segment
 from . import FileSource
 from .mapping import MappedFiles
+from .rank_files import read_part
 from .safetensors_layout import bytes_of, checked_count
-from .state_file import STATE_NAME, load_torch, read_json, read_objects, read_rng, revive
+from .state_file import STATE_NAME, load_torch, read_json, read_objects, revive
 from .targets import Landing, fresh, put
 
 SPECIAL_NAME = "tensors.pt"  # tensors that are more than dense numbers
@@ -37,7 +39,9 @@ class SafetensorsState:
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as exc:
             raise DamagedError(f"{STATE_NAME} does not parse: {exc!r}") from exc
         self.notes: Mapping[str, dict[str, Any]] = body["notes"]
-        self.rng: Tree = read_rng(source)
+
+    def part(self, rank: int) -> StoredPart | None:
+        return read_part(self._source, rank)
 
     def objects(self) -> dict[str, Any]:
         return read_objects(self._source)
@@ -55,6 +59,9 @@ class SafetensorsState:
             name, begin, end = stored.location
             if name == SPECIAL_NAME:
                 special.append(stored)
+                continue
+            if target is not None and is_sharded(target):
+                segments[name] += landing.parts(stored, target, begin)
                 continue
             sink = landing.sink(stored, target)
             if begin < end:
@@ -102,7 +109,7 @@ def _stored_tensors(rows: Sequence[Any], files: Mapping[str, FileEntry]) -> list
     for name, key, dtype_name, shape, begin, end, more in rows:
         kind = (dtype_name, tuple(shape))
         if kind not in kinds:
-            dtype = _dtype(dtype_name, key)
+            dtype = dtype_named(dtype_name, key)
             kinds[kind] = kind[1], dtype, bytes_of(dtype, shape)
         shape, dtype, size = kinds[kind]
         if name not in file_sizes:
@@ -126,7 +133,7 @@ def _stored_tensors(rows: Sequence[Any], files: Mapping[str, FileEntry]) -> list
     return tensors
 
 
-def _dtype(name: str, key: str) -> torch.dtype:
+def dtype_named(name: str, key: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise FormatVersionError(

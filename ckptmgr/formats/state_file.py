@@ -1,4 +1,4 @@
-"""What stands beside the tensors? `state.json`, random generators and pickled objects, alike in every format."""
+"""What stands beside the tensors? `state.json` and pickled objects, alike in every format."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from ..errors import CheckpointError, DamagedError, FormatVersionError
-from ..state.codec import from_json, to_json
 from ..state.snapshot import FlatSnapshot, StoredTensor, Tree, map_leaves
 from . import FileSource, SinkFile
 from .json_texts import JsonTexts
 
 STATE_NAME = "state.json"
 OBJECTS_NAME = "objects.pt"
-RNG_NAME = "ranks/rank-00000.json"
 VERSION = 1
-_MAX_JSON_SIZE = 1 << 30  # bytes
+MAX_JSON_SIZE = 1 << 30  # bytes
 _MAX_STEM = 100  # characters; a file name has at most 255 on most file systems
 _RESERVED = ("objects", "tensors")  # objects.pt and tensors.pt are files of our own
 
@@ -49,11 +47,8 @@ def _percent(match: re.Match[str]) -> str:
 
 
 def state_bodies(texts: JsonTexts, format_name: str, flat: FlatSnapshot, body: Mapping[str, Any]) -> dict[str, Whole]:
-    """`state.json` with what the format adds in `body`, and the files of objects and generators."""
+    """`state.json` with what the format adds in `body`, and the file of objects."""
     bodies = {} if flat.objects is None else {OBJECTS_NAME: Whole(flat.objects)}
-    if flat.rng is not None:
-        rng = json.dumps({"format_version": VERSION, "rng": to_json(flat.rng)}, separators=(",", ":"), allow_nan=False)
-        bodies[RNG_NAME] = Whole(f"{rng}\n".encode())
     state = {"format_version": VERSION, "format": format_name, "notes": flat.notes, **body}
     bodies[STATE_NAME] = Whole(texts.dump(state))
     return bodies
@@ -77,17 +72,22 @@ def read_json(source: FileSource, name: str, keys: Mapping[str, type]) -> dict[s
     """
     if name not in source.files:
         raise DamagedError(f"checkpoint has no {name}")
-    if source.files[name].size > _MAX_JSON_SIZE:
+    if source.files[name].size > MAX_JSON_SIZE:
         raise DamagedError(f"{name} is {source.files[name].size:,} bytes, more than any {name}")
+    return parse_json(source.read(name), name, keys)
+
+
+def parse_json(data: bytes | bytearray, name: str, keys: Mapping[str, type], newest: int = VERSION) -> dict[str, Any]:
+    """The same from a file's bytes, for a version up to `newest`."""
     try:
-        body = json.loads(source.read(name))
+        body = json.loads(data)
     except (ValueError, RecursionError) as exc:
         raise DamagedError(f"{name} is not JSON: {exc}") from exc
     if not isinstance(body, dict) or not isinstance(version := body.get("format_version"), int):
         raise DamagedError(f"{name} has no format_version")
-    if version > VERSION:
+    if version > newest:
         raise FormatVersionError(
-            f"{name} has version {version}; this ckptmgr reads up to {VERSION}. Install a newer ckptmgr to read it"
+            f"{name} has version {version}; this ckptmgr reads up to {newest}. Install a newer ckptmgr to read it"
         )
     for key, kind in keys.items():
         if not isinstance(body.get(key), kind):
@@ -95,35 +95,28 @@ def read_json(source: FileSource, name: str, keys: Mapping[str, type]) -> dict[s
     return body
 
 
-def read_rng(source: FileSource) -> Tree:
-    """The tree of random generators, or None when none was saved. Raises `DamagedError`."""
-    if RNG_NAME not in source.files:
-        return None
-    body = read_json(source, RNG_NAME, {})
-    if "rng" not in body:
-        raise DamagedError(f"{RNG_NAME} has no rng")
-    try:
-        return from_json(body["rng"])
-    except (DamagedError, RecursionError) as exc:
-        raise DamagedError(f"{RNG_NAME} does not parse: {exc}") from exc
-
-
 def read_objects(source: FileSource) -> dict[str, Any]:
     """What was pickled, by path; runs code from the checkpoint. Raises `DamagedError`."""
     if OBJECTS_NAME not in source.files:
         return {}
-    objects = load_torch(source, OBJECTS_NAME, weights_only=False)
+    with source.open(OBJECTS_NAME) as file:
+        return parse_objects(file, OBJECTS_NAME)
+
+
+def parse_objects(file: BinaryIO, name: str) -> dict[str, Any]:
+    """The same from a file."""
+    objects = parse_torch(file, name, weights_only=False)
     if not isinstance(objects, dict):
-        raise DamagedError(f"{OBJECTS_NAME} holds a {type(objects).__name__}, not a dict")
+        raise DamagedError(f"{name} holds a {type(objects).__name__}, not a dict")
     return objects
 
 
-def revive(tree: Tree, tensors: Sequence[StoredTensor]) -> Tree:
+def revive(tree: Tree, tensors: Sequence[StoredTensor], file: str = STATE_NAME) -> Tree:
     """The tree, changed in place, with stored tensors where `{"$tensor": index}` stood. Raises `DamagedError`."""
 
     def refuse(leaf: Any, path: tuple[str, ...]) -> None:
         if isinstance(leaf, dict) and not _is_index(index := leaf["$tensor"], tensors):
-            raise DamagedError(f"{STATE_NAME}: {'.'.join(path)} is tensor {index!r} of {len(tensors)}")
+            raise DamagedError(f"{file}: {'.'.join(path)} is tensor {index!r} of {len(tensors)}")
 
     top = [tree]
     if not _revive(top, tensors):
@@ -175,16 +168,21 @@ class _TorchFile:
         """Nothing to do: the draft decides when its files are durable."""
 
 
-def load_torch(source: FileSource, name: str, *, weights_only: bool = True) -> Any:
+def load_torch(source: FileSource, name: str) -> Any:
     """What `torch.save` wrote to a file, in host memory. Raises `DamagedError`."""
     if name not in source.files:
         raise DamagedError(f"checkpoint has no {name}")
     with source.open(name) as file:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=weights_only)
-        except (CheckpointError, OSError, MemoryError):
+        return parse_torch(file, name)
+
+
+def parse_torch(file: BinaryIO, name: str, *, weights_only: bool = True) -> Any:
+    """The same from an open file; without `weights_only` it runs code from the checkpoint."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=weights_only)
+    except (CheckpointError, OSError, MemoryError):
+        raise
+    except Exception as exc:  # torch raises nearly anything for bytes that it can't read
+        if "allocate memory" in str(exc):
             raise
-        except Exception as exc:  # torch raises nearly anything for bytes that it can't read
-            if "allocate memory" in str(exc):
-                raise
-            raise DamagedError(f"{name} is not a file that torch.load reads: {exc}") from exc
+        raise DamagedError(f"{name} is not a file that torch.load reads: {exc}") from exc

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import BinaryIO, cast
 
@@ -13,9 +13,11 @@ import torch
 
 from ..errors import DamagedError, StateMismatchError
 from ..memory import use_huge_pages
-from ..staging import is_special, memory, raw
+from ..staging import is_plain_host, is_special, memory, raw
+from ..state.shards import boxes, is_sharded, local
 from ..state.snapshot import StoredTensor
-from ..transfer import CHUNK, Sink
+from ..transfer import CHUNK, Segment, Sink
+from .boxes import as_bytes, is_run, pour, pour_box, span
 
 _LARGE = 4 << 20  # bytes; from here on huge pages are worth a system call
 
@@ -72,6 +74,33 @@ class Landing:
             return target.data_ptr()
         return self._through(target.detach())
 
+    def parts(self, stored: StoredTensor, target: torch.Tensor, begin: int) -> list[Segment]:
+        """Takes the part of a sharded target that is on this rank, from where the whole tensor begins in a file.
+        Raises `StateMismatchError` when it does not fit."""
+        refuse_misfit(stored, target)
+        found = []
+        for offsets, sizes in boxes(target):
+            if 0 not in sizes:
+                first, last, sink = self.box(local(target), stored.shape, offsets)
+                found.append((begin + first, begin + last, sink))
+        return found
+
+    def box(self, target: torch.Tensor, shape: Sequence[int], offsets: Sequence[int]) -> Segment:
+        """Takes, from the bytes of a contiguous tensor of this shape, those of the box at these offsets, which
+        the target is. The target has elements, and the stored dtype."""
+        first, last = (place * target.itemsize for place in span(shape, offsets, target.shape))
+        if is_run(shape, offsets, target.shape):
+            if is_plain_host(target):
+                return first, last, target.data_ptr()
+            return first, last, self._through(target.detach())
+
+        def put_bytes(target: torch.Tensor, begin: int, data: memoryview) -> None:
+            pour_box(target, shape, offsets, first + begin, data)
+
+        if target.is_cuda:
+            self._devices.add(target.device)
+        return first, last, _taking(put_bytes, target.detach())
+
     def _through(self, target: torch.Tensor) -> Sink:
         """For memory that is elsewhere, or scattered."""
         put_bytes = pour
@@ -79,12 +108,7 @@ class Landing:
             self._devices.add(target.device)
             if target.is_contiguous() and not (target.is_conj() or target.is_neg()):
                 put_bytes, target = self._send, raw(target)
-
-        def take(begin: int, data: memoryview) -> None:
-            with torch.inference_mode(target.is_inference()):  # a thread of its own begins without the mode
-                put_bytes(target, begin, data)
-
-        return take
+        return _taking(put_bytes, target)
 
     def begin(self) -> None:
         for device in self._devices:
@@ -103,40 +127,20 @@ class Landing:
                 lane = lanes.pop(0)
                 lane[1].synchronize()
             pinned = lane[0][: len(part)]
-            pinned.copy_(_as_bytes(part))
+            pinned.copy_(as_bytes(part))
             target[begin + at : begin + at + len(part)].copy_(pinned, non_blocking=True)
             lane[1].record(torch.cuda.current_stream(target.device))
             lanes.append(lane)
 
 
-def pour(target: torch.Tensor, begin: int, data: memoryview) -> None:
-    """Put bytes of a dense tensor's contiguous form, from `begin` on, into the tensor. Any device and
-    strides, and wherever the bytes are cut; takes no more memory than `data` has."""
-    if target.is_contiguous() and not (target.is_conj() or target.is_neg()):
-        raw(target)[begin : begin + len(data)].copy_(_as_bytes(data))
-    elif target.numel() == 1:
-        whole = target.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
-        pour(whole, begin, data)
-        target.copy_(whole)
-    else:
-        row = target.nbytes // target.shape[0]
-        done = 0
-        while done < len(data):
-            number, inside = divmod(begin + done, row)
-            whole_rows = (len(data) - done) // row
-            if inside == 0 and whole_rows:
-                count = whole_rows * row
-                rows = _as_bytes(data[done : done + count]).view(target.dtype).view(whole_rows, *target.shape[1:])
-                target[number : number + whole_rows].copy_(rows)
-            else:
-                count = min(row - inside, len(data) - done)
-                pour(target[number], inside, data[done : done + count])
-            done += count
+def _taking(
+    put_bytes: Callable[[torch.Tensor, int, memoryview], None], target: torch.Tensor
+) -> Callable[[int, memoryview], None]:
+    def take(begin: int, data: memoryview) -> None:
+        with torch.inference_mode(target.is_inference()):  # a thread of its own begins without the mode
+            put_bytes(target, begin, data)
 
-
-def _as_bytes(data: memoryview) -> torch.Tensor:
-    """The same memory as a tensor; a copy of what may not be written, which torch has no tensor for."""
-    return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
+    return take
 
 
 def fill(target: torch.Tensor, file: BinaryIO, name: str) -> None:
@@ -171,6 +175,12 @@ def put(tensor: torch.Tensor, target: torch.Tensor | None, device: str | torch.d
         return tensor.detach().to(device, copy=True)
     try:
         with torch.no_grad():
+            if is_sharded(target):
+                for offsets, sizes in boxes(target):
+                    for dim, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+                        tensor = tensor.narrow(dim, offset, size)
+                    local(target).copy_(tensor)
+                return target
             if tensor.layout not in (torch.strided, torch.sparse_coo):
                 target.resize_as_sparse_(tensor)
             target.copy_(tensor)

@@ -14,10 +14,11 @@ import torch
 from ..errors import DamagedError
 from ..staging import Held, Region, is_dense, is_special, refuse_meta
 from ..state.codec import from_torch_safe, to_torch_safe
-from ..state.snapshot import FlatSnapshot, Snapshot, StoredState, StoredTensor, Tree, map_leaves
-from . import FileSink, FileSource, write_live
+from ..state.snapshot import FlatSnapshot, Snapshot, StoredPart, StoredState, StoredTensor, Tree, map_leaves
+from . import FileSink, FileSource, refuse_sharded, write_live
 from .json_texts import JsonTexts
-from .state_file import STATE_NAME, file_stems, load_torch, read_json, read_objects, read_rng, save_torch, state_bodies
+from .rank_files import rank_bodies, read_part
+from .state_file import STATE_NAME, file_stems, load_torch, read_json, read_objects, save_torch, state_bodies
 from .targets import put, refuse_misfit
 
 _ALIGNMENT = 64  # bytes, as torch aligns
@@ -36,8 +37,9 @@ class TorchFormat:
         self._last: _TorchPlan | None = None
 
     def plan(self, flat: FlatSnapshot) -> _TorchPlan:
-        """See `Format.plan`. Raises `StateMismatchError` for a meta tensor."""
+        """See `Format.plan`. Raises `StateMismatchError` for a meta tensor, and `ConfigError` for a sharded one."""
         if self._last is None or self._last.shape is not flat.shape:
+            refuse_sharded(flat, self.name)
             self._last = _TorchPlan(flat)
         return self._last
 
@@ -74,7 +76,8 @@ class _TorchPlan:
             plain = to_torch_safe(ties.take(entry, tree, tensors))
             with sink.create(files[entry]) as file:
                 save_torch(plain, file)
-        sink.write(state_bodies(self._texts, TorchFormat.name, flat, {"files": files, "ties": ties.rows}))
+        body = {"files": files, "ties": ties.rows}
+        sink.write({**state_bodies(self._texts, TorchFormat.name, flat, body), **rank_bodies(flat.ranks)})
 
 
 def _refuse_meta(flat: FlatSnapshot, entry: str, tree: Tree) -> None:
@@ -162,7 +165,9 @@ class _TorchState:
             for entry, tree in trees.items()
         }
         self.notes: Mapping[str, dict[str, Any]] = body["notes"]
-        self.rng: Tree = read_rng(source)
+
+    def part(self, rank: int) -> StoredPart | None:
+        return read_part(self._source, rank)
 
     def objects(self) -> dict[str, Any]:
         return read_objects(self._source)

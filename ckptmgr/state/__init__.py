@@ -9,30 +9,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .capturing import PickleWarning, capture, non_finite
+    from .capturing import PickleWarning, capture, holds_sharded, non_finite
+    from .ranks import PerRank, is_per_rank, per_rank
     from .recorder import Recorder
     from .restore import RestorePlan, match, materialize, unclaimed
-    from .rng import RngReport, capture_rng, restore_rng
+    from .rng import RngReport, capture_rng, derive_rng, restore_rng
 
 __all__ = [
+    "PerRank",
     "PickleWarning",
     "Recorder",
     "RestorePlan",
     "RngReport",
     "capture",
     "capture_rng",
+    "derive_rng",
+    "holds_sharded",
+    "is_per_rank",
     "match",
     "materialize",
     "non_finite",
+    "per_rank",
     "restore_rng",
     "unclaimed",
 ]
 
 _HOMES = {
-    "capturing": ("PickleWarning", "capture", "non_finite"),
+    "capturing": ("PickleWarning", "capture", "holds_sharded", "non_finite"),
+    "ranks": ("PerRank", "is_per_rank", "per_rank"),
     "recorder": ("Recorder",),
     "restore": ("RestorePlan", "match", "materialize", "unclaimed"),
-    "rng": ("RngReport", "capture_rng", "restore_rng"),
+    "rng": ("RngReport", "capture_rng", "derive_rng", "restore_rng"),
 }
 
 

@@ -7,6 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +15,22 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..errors import CheckpointError, ConfigError, SaveFailedError
-from .codec import encode, join
+from .codec import encode, join, to_json
 from .names import Known, Names
-from .rng import capture_rng, restore_rng
-from .snapshot import FlatSnapshot, Snapshot, Tree, map_leaves
-from .structure import Form, form, is_lazy, is_loose, survey
+from .ranks import PerRank, is_per_rank, mark_within, unmarked
+from .rng import generators, put_back
+from .shards import has_sharded, is_sharded, local
+from .snapshot import FlatSnapshot, RankPart, Snapshot, Tree, map_leaves
+from .structure import Form, form, is_lazy, is_loose, is_special, survey
 
 
 class PickleWarning(UserWarning):
     """A value has no plain form: it is pickled, or not saved at all. Names the value."""
 
 
-def capture(objects: Mapping[str, Any], only: Collection[str] | None = None) -> Snapshot:
-    """The state of the objects on this rank, one entry each; with `only`, of those entries.
+def capture(objects: Mapping[str, Any], only: Collection[str] | None = None, rank: int = 0) -> Snapshot:
+    """The state of the objects on this rank, one entry each; with `only`, of those entries. What differs from
+    rank to rank (see `per_rank`) is in the part of `rank`, which this process is.
 
     An object is anything with `state_dict()`, a tensor, plain data, or dicts, lists and tuples of
     such. Tensors are live, not copied, and tied ones (same memory) are one tensor; containers are
@@ -34,7 +38,7 @@ def capture(objects: Mapping[str, Any], only: Collection[str] | None = None) -> 
     needs pickling is pickled at once, with a `PickleWarning`.
 
     Blocks for what the objects' `state_dict()` take. Raises `ConfigError` for unknown names in
-    `only`, entry names that are no texts, reference cycles and sharded tensors; `SaveFailedError` naming
+    `only`, entry names that are no texts and reference cycles; `SaveFailedError` naming
     the entry when a `state_dict()` fails.
     """
     reading = Reader().read(objects, only)
@@ -44,12 +48,13 @@ def capture(objects: Mapping[str, Any], only: Collection[str] | None = None) -> 
         return ties.tensors[ties.number(tensor)]
 
     entries = {name: encode(state, path=name, opaque=pickled.add, tensor=one) for name, state in reading.states.items()}
-    return Snapshot(entries, reading.notes, pickled.dump(), reading.rng)
+    return Snapshot(entries, reading.notes, pickled.dump(), {rank: reading.part})
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What objects said of themselves at one moment. Holds the objects' own tensors and containers.
+    """What objects said of themselves at one moment. Holds the objects' own tensors and containers, but in
+    `part`, which is what this rank saves for itself.
 
     `parameters` are those of the modules among the entries; `facts` say all about these modules that
     is not in their state.
@@ -57,7 +62,7 @@ class Reading:
 
     states: dict[str, Any]
     notes: dict[str, dict[str, Any]]
-    rng: Tree
+    part: RankPart
     facts: list[Any]
     parameters: list[nn.Parameter]
 
@@ -68,25 +73,52 @@ class Reader:
     def __init__(self) -> None:
         self._known = Known()
 
-    def read(self, objects: Mapping[str, Any], only: Collection[str] | None = None) -> Reading:
-        """See `capture`."""
+    def read(self, objects: Mapping[str, Any], only: Collection[str] | None = None, *, shared: bool = True) -> Reading:
+        """See `capture`. Without `shared` only what differs from rank to rank is asked."""
         if odd := [name for name in objects if not isinstance(name, str) or not name]:
             raise ConfigError(f"entries are named by texts; these are not: {', '.join(map(repr, odd))}")
         if unknown := [name for name in only or () if name not in objects]:
             raise ConfigError(f"only: no entry {', '.join(map(repr, unknown))}; the state has {', '.join(objects)}")
-        rng = capture_rng()
+        own = {name for name, value in objects.items() if is_per_rank(value)}
+        objects = unmarked(objects)
+        before = generators()
         try:
             found = named_modules(objects)
             names = Names(found, self._known)
-            asking = _Asking(names)
-            chosen = {name: value for name, value in objects.items() if only is None or name in only}
-            states = {name: asking.read(name, value) for name, value in chosen.items()}
+            chosen = {
+                name: value
+                for name, value in objects.items()
+                if (only is None or name in only) and (shared or name in own)
+            }
+            asking, asking_own = _Asking(names), _Asking(names)
+            states = {name: (asking_own if name in own else asking).read(name, value) for name, value in chosen.items()}
         finally:
             # A data loader starts an epoch, and so draws from the generators, to say where it stands.
-            restore_rng(rng)
-        inside = found if only is None else named_modules(chosen)
+            put_back(before)
+        inside = found if len(chosen) == len(objects) else named_modules(chosen)
         self._known = names.known
-        return Reading(states, asking.notes, rng, *names.of_modules(inside))
+        own_states = {name: states.pop(name) for name in chosen if name in own}
+        part = _part(encode(before, path="rng"), own_states, asking_own.notes)
+        return Reading(states, asking.notes, part, *names.of_modules(inside))
+
+
+def _part(rng: Tree, states: Mapping[str, Any], notes: dict[str, dict[str, Any]]) -> RankPart:
+    """What a rank saves for itself, of the states of its own entries. Holds nothing of the objects."""
+    ties, pickled = Ties(), Pickled()
+
+    def stand_in(tensor: torch.Tensor, entry: str) -> Tree:
+        if is_sharded(tensor):
+            raise ConfigError(
+                f"{entry} holds a DTensor, of which every rank's part is saved anyway: don't mark it per_rank"
+            )
+        # What is more than numbers has no place in JSON.
+        return pickled.add(tensor, entry) if is_special(form(tensor)) else {"$tensor": ties.number(tensor)}
+
+    trees = {
+        name: encode(state, path=name, opaque=pickled.add, tensor=partial(stand_in, entry=name))
+        for name, state in states.items()
+    }
+    return RankPart(to_json(rng), trees, notes, tuple(map(to_json, ties.tensors)), pickled.dump())
 
 
 def has_state(value: Any) -> bool:
@@ -96,6 +128,25 @@ def has_state(value: Any) -> bool:
 
 def class_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def holds_sharded(objects: Mapping[str, Any]) -> bool:
+    """Whether tensors among the objects are sharded over ranks: parameters of modules and optimizers, and
+    those that stand in the mapping or its lists and dicts themselves."""
+
+    def tensors(value: Any) -> Iterator[torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, nn.Module):
+            yield from value.parameters()
+            yield from value.buffers()
+        elif isinstance(value, Optimizer):
+            yield from (parameter for group in value.param_groups for parameter in group["params"])
+        elif type(value) in (dict, OrderedDict, list, tuple):
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from tensors(item)
+
+    return has_sharded(tensor for value in objects.values() for tensor in tensors(value))
 
 
 def named_modules(objects: Mapping[str, Any]) -> list[tuple[str, nn.Module]]:
@@ -129,6 +180,8 @@ class _Asking:
 
     def _read(self, entry: str, value: Any, steps: tuple[Any, ...], around: tuple[int, ...]) -> Any:
         kind = type(value)
+        if isinstance(value, PerRank):
+            raise mark_within(join(entry, steps))
         if _may_hold_objects(value):
             if id(value) in around:
                 return value  # refused when it is encoded
@@ -180,10 +233,12 @@ class Ties:
 
     def number(self, tensor: torch.Tensor) -> int:
         own = form(tensor)
-        key = id(tensor) if is_loose(own) else (tensor.data_ptr(), own)
+        home = _home(tensor) if is_loose(own) else local(tensor).data_ptr()
+        key = (home, own) if home else id(tensor)
         number = self.numbers[id(tensor)] = self._seen.setdefault(key, len(self.tensors))
         if number == len(self.tensors):
-            self.tensors.append(tensor.resolve_conj().resolve_neg() if is_lazy(own) else tensor)
+            is_resolved = is_lazy(own) and not is_sharded(tensor)
+            self.tensors.append(tensor.resolve_conj().resolve_neg() if is_resolved else tensor)
             self.forms.append(own)
         self._alive.append(tensor)
         return number
@@ -191,7 +246,12 @@ class Ties:
     def find(self, tensor: torch.Tensor) -> int | None:
         """The number of a tensor with an address, if it has one."""
         own = form(tensor)
-        return None if is_loose(own) else self._seen.get((tensor.data_ptr(), own))
+        return None if is_loose(own) else self._seen.get((local(tensor).data_ptr(), own))
+
+
+def _home(tensor: torch.Tensor) -> int:
+    """Where a sharded tensor of which nothing is on this rank would be: it is tied here if it is tied elsewhere."""
+    return local(tensor).untyped_storage().data_ptr() if is_sharded(tensor) else 0
 
 
 class Pickled:
@@ -202,6 +262,8 @@ class Pickled:
         self._nodes: dict[str, dict[str, str]] = {}
 
     def add(self, value: Any, path: str) -> Tree:
+        if isinstance(value, PerRank):
+            raise mark_within(path)
         key, count = path, 1
         while key in self._values:
             count += 1
@@ -242,11 +304,11 @@ def _pickle(value: Any) -> bytes:
 
 
 def non_finite(flat: FlatSnapshot) -> list[str]:
-    """The names of tensors with a value that is not finite. Reads every floating tensor once, on its
-    device, and waits for each device once; needs no memory of the tensors' size."""
+    """The names of tensors with a value that is not finite, on this rank. Reads every floating tensor once,
+    on its device, and waits for each device once; needs no memory of the tensors' size."""
     extremes: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
     for number, tensor in enumerate(flat.tensors):
-        if (found := _extremes(tensor)) is not None:
+        if (found := _extremes(local(tensor))) is not None:
             extremes.setdefault(tensor.device, []).append((number, found))
     odd: set[int] = set()
     for device_extremes in extremes.values():

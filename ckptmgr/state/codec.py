@@ -23,11 +23,12 @@ A tree (see `snapshot`) is JSON with tensors in it. What JSON has no form for is
     $omegaconf                     the tree of the container; `flags`
     $object                        path of a value that had to be pickled
     $unsaved                       "module.qualname" of a value that could not even be pickled
-    $inline                        a tensor as base64 in `to_json`; `dtype`, `shape`
+    $inline                        a tensor as base64 in `to_json`; `dtype`, `shape`, `requires_grad`, `parameter`
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ import torch
 from ..errors import CheckpointError, ConfigError, DamagedError, StateMismatchError
 from . import class_tags, numpy_tags, plain_tags
 from .plain_tags import AbsentError, is_plain, is_unsaved, to_bytes, to_text
+from .shards import is_sharded
 from .snapshot import StoredTensor, Tree, map_leaves
 
 MAX_DEPTH = 64  # levels of values within values; what is deeper has to be pickled
@@ -57,7 +59,7 @@ def encode(
     """The tree of a value. Its containers are new; its tensors are live: not copied, cut off from the graph.
 
     `opaque(value, path)` gives the tree of what cannot be expressed; without it that is a
-    `ConfigError`, as are containers that contain themselves and sharded tensors. `tensor` gives
+    `ConfigError`, as are containers that contain themselves and a `ShardedTensor`. `tensor` gives
     what stands for each tensor. `path` is the value's name in messages.
     """
     return _Encoder(path, opaque, tensor).encode(value)
@@ -148,12 +150,12 @@ class _Encoder:
 
     def _encode_tensor(self, value: torch.Tensor) -> Tree:
         kind = type(value)
-        if kind.__name__ in ("DTensor", "ShardedTensor"):
+        if kind.__name__ == "ShardedTensor":
             raise ConfigError(
-                f"{self._here} is a {kind.__name__}: sharded state needs format dcp, "
-                "which this version does not have yet"
+                f"{self._here} is a ShardedTensor, which torch no longer makes; shard the model with fully_shard "
+                "(FSDP2) or parallelize_module, whose DTensors a checkpoint holds"
             )
-        if kind not in (torch.Tensor, torch.nn.Parameter):
+        if kind not in (torch.Tensor, torch.nn.Parameter) and not is_sharded(value):
             return self._encode_opaque(value)
         if value.is_meta:
             return {"$meta": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -254,7 +256,10 @@ def to_json(tree: Tree) -> Tree:
             return leaf
         flat = leaf.detach().cpu().contiguous().view(-1).view(torch.uint8)
         dtype = str(leaf.dtype).removeprefix("torch.")
-        return {"$inline": to_text(bytes(flat.tolist())), "dtype": dtype, "shape": list(leaf.shape)}
+        flags = {"requires_grad": True} if leaf.requires_grad else {}
+        flags |= {"parameter": True} if isinstance(leaf, torch.nn.Parameter) else {}
+        data = ctypes.string_at(flat.data_ptr(), flat.nbytes) if flat.nbytes else b""
+        return {"$inline": to_text(data), "dtype": dtype, "shape": list(leaf.shape), **flags}
 
     return map_leaves(tree, inlined)
 
@@ -268,8 +273,13 @@ def from_json(tree: Tree) -> Tree:
     if "$inline" not in tree:
         return {key: from_json(item) for key, item in tree.items()}
     try:
-        data = torch.tensor(list(to_bytes(tree["$inline"])), dtype=torch.uint8)
-        return data.view(getattr(torch, tree["dtype"])).view(tree["shape"])
+        data = bytearray(to_bytes(tree["$inline"]))
+        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        tensor = flat.view(getattr(torch, tree["dtype"])).view(tree["shape"])
+        needs_grad = tree.get("requires_grad") is True
+        if tree.get("parameter") is True:
+            return torch.nn.Parameter(tensor, requires_grad=needs_grad)
+        return tensor.requires_grad_() if needs_grad else tensor
     except (*_BROKEN, KeyError) as exc:
         raise DamagedError(f"a tensor in JSON does not decode: {exc!r}") from exc
 

@@ -57,7 +57,7 @@ class Source:
         value = self._own.get(leaf)
         if value is None:
             value = self._fetched[leaf]
-            if leaf in self.in_place.targets:
+            if leaf in self.in_place.targets and leaf not in self.in_place.made:
                 value = value.detach().clone()
             if leaf.is_parameter:
                 value = nn.Parameter(value, requires_grad=leaf.requires_grad)

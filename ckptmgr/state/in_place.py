@@ -1,4 +1,8 @@
-"""Which stored tensors are read straight into the memory of live ones?"""
+"""Which stored tensors are read straight into the memory of live ones?
+
+Of a sharded one only the part on this rank is read: where that can't go to its place at once, a tensor that
+is sharded alike takes it in, and never the whole.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from operator import gt
 import torch
 from torch import nn
 
+from .shards import is_sharded, like, local
 from .snapshot import StoredTensor, Tree
 
 _TYPES = (torch.Tensor, nn.Parameter)
@@ -17,10 +22,12 @@ _REAL = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int6
 
 
 class InPlace:
-    """Collects offers of memory. Once `settle` was called, `targets` are the tensors to read into."""
+    """Collects offers of memory. Once `settle` was called, `targets` are the tensors to read into, of which
+    those of `made` are new ones, sharded like a live one."""
 
     def __init__(self) -> None:
         self.targets: dict[StoredTensor, torch.Tensor] = {}
+        self.made: dict[StoredTensor, torch.Tensor] = {}
         self._begins: list[int] = []  # of the targets' memory
         self._ends: list[int] = []
         self._twins: dict[int, StoredTensor] = {}  # by the id of a tensor with the memory of its leaf's target
@@ -31,6 +38,7 @@ class InPlace:
         targets, begins, ends = self.targets, self._begins, self._ends
         for leaf, target in offers:
             if target.dtype is not leaf.dtype:
+                self.make([(leaf, target)])
                 continue
             # The first is what the second says, without a call for each of 100,000.
             if (
@@ -45,14 +53,22 @@ class InPlace:
             elif _is_readable_into(target):
                 reach = _reach(target)
             else:
+                self.make([(leaf, target)])
                 continue
             if leaf not in targets:
                 targets[leaf] = target
-                begin = target.data_ptr()
+                begin = local(target).data_ptr()
                 begins.append(begin)
                 ends.append(begin + reach)
             elif _is_twin(target, targets[leaf]):
                 self._twins[id(target)] = leaf
+
+    def make(self, offers: Iterable[tuple[StoredTensor, torch.Tensor]]) -> None:
+        """Have each leaf, of those that were not offered anything better, read into a new tensor that is
+        sharded like the one given for it. Nothing for one that is not sharded."""
+        for leaf, pattern in offers:
+            if is_sharded(pattern) and pattern.shape == leaf.shape and leaf not in self.targets:
+                self.made[leaf] = pattern
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
         """See to it that nothing is read into the memory of these by way of another tensor."""
@@ -63,13 +79,17 @@ class InPlace:
         leaves, begins, ends = list(self.targets), self._begins, self._ends
         for own in self._kept.keys() - set(map(id, self.targets.values())) - self._twins.keys():
             if _is_readable_into(tensor := self._kept[own]):
-                begins.append(tensor.data_ptr())
+                begins.append(local(tensor).data_ptr())
                 ends.append(begins[-1] + _reach(tensor))
         # If no two overlap, each ends before the next one begins.
         if any(map(gt, sorted(ends), islice(sorted(begins), 1, None))):
             for number in _overlapping(begins, ends):
                 if number < len(leaves):
-                    self.targets.pop(leaves[number], None)
+                    taken = self.targets.pop(leaves[number], None)
+                    if taken is not None:
+                        self.make([(leaves[number], taken)])
+        self.made = {leaf: like(one, leaf.dtype) for leaf, one in self.made.items() if leaf not in self.targets}
+        self.targets |= self.made
 
     def has(self, leaf: Tree, target: torch.Tensor) -> bool:
         """Whether this is a leaf that is read straight into this tensor."""
@@ -79,6 +99,7 @@ class InPlace:
 
 def _is_readable_into(tensor: torch.Tensor) -> bool:
     """Whether each element of the tensor has memory of its own, which holds just its value."""
+    tensor = local(tensor)
     if type(tensor) not in _TYPES or tensor.layout != torch.strided or tensor.is_meta:
         return False
     if tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
@@ -87,11 +108,14 @@ def _is_readable_into(tensor: torch.Tensor) -> bool:
 
 
 def _is_twin(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if is_sharded(one) or is_sharded(other):
+        return is_sharded(one) and is_sharded(other) and _is_twin(local(one), local(other))
     return (one.data_ptr(), one.stride(), one.device) == (other.data_ptr(), other.stride(), other.device)
 
 
 def _reach(tensor: torch.Tensor) -> int:
     """How many bytes there are from a tensor's first element to the end of its last."""
+    tensor = local(tensor)
     if tensor.is_contiguous():
         return tensor.nbytes
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -48,6 +48,8 @@ def fit_module(fitting: Fitting, where: str, module: nn.Module, tree: Tree, note
         parts.append((raw, target, part, path))
     if takes_in_place(module):
         fitting.in_place.offer(offers)
+    else:
+        fitting.in_place.make(offers)
     complete = not fitting.differences.has(where)
 
     def fill(source: Source) -> None:
@@ -98,6 +100,15 @@ def copies_only(module: nn.Module) -> bool:
     return not torch.__future__.get_swap_module_params_on_conversion() and _loads_as_torch(module, _METHODS, _HOOKS)
 
 
+def _is_harmless(hooks: Any) -> bool:
+    """Whether the only hooks are those of FSDP that see to it that parameters are sharded, as they are once the
+    module has given its state."""
+    return isinstance(hooks, dict) and all(
+        getattr(getattr(hook, "hook", hook), "__module__", "").startswith("torch.distributed.fsdp.")
+        for hook in hooks.values()
+    )
+
+
 def _loads_as_torch(module: nn.Module, methods: set[str], hooks: tuple[str, ...]) -> bool:
     """Whether the module and all its parts have these methods from torch, and none of these hooks."""
     plain: dict[type, bool] = {}
@@ -105,6 +116,10 @@ def _loads_as_torch(module: nn.Module, methods: set[str], hooks: tuple[str, ...]
         kind, own = type(part), part.__dict__
         if kind not in plain:
             plain[kind] = all(getattr(kind, name).__module__.startswith("torch.nn.modules.") for name in methods)
-        if not plain[kind] or not methods.isdisjoint(own) or not all(own.get(name) == {} for name in hooks):
+        if (
+            not plain[kind]
+            or not methods.isdisjoint(own)
+            or not all(own.get(name) == {} or _is_harmless(own.get(name)) for name in hooks)
+        ):
             return False
     return True

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch.optim import Optimizer
 
 from .filling import Fitting, Source
+from .shards import has_sharded, is_sharded
 from .snapshot import StoredTensor, Tree
 from .trees import elements, items
 
@@ -30,6 +31,8 @@ def loader(
     settings = (items(tree) or {})["param_groups"]
     offers, is_all = _offers(optimizer, settings, pairs, count) if _is_plain(optimizer) else ([], False)
     fitting.in_place.offer(offers)
+    if has_sharded(parameter for parameter, _, _ in pairs):
+        fitting.in_place.make(_patterns(optimizer, pairs))
     fitting.in_place.keep([parameter for parameter, _, _ in pairs])
     dtypes = fitting.dtypes
 
@@ -88,7 +91,8 @@ def _offers(
             target = own.get(key)
             stays = is_host or (key == "step" and not with_parameters[group])
             if (
-                type(target) is torch.Tensor
+                isinstance(target, torch.Tensor)
+                and (type(target) is torch.Tensor or is_sharded(target))
                 and type(leaf) is StoredTensor
                 and target.shape == leaf.shape
                 and (target.is_cpu if stays else target.device == home)
@@ -98,6 +102,16 @@ def _offers(
             else:
                 is_all = False
     return offers, is_all and found == len(states) == count
+
+
+def _patterns(optimizer: Optimizer, pairs: list[Pair]) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
+    """Stored tensors with what they are to be sharded like: the optimizer's own state, or else the parameter."""
+    for parameter, _, stored in pairs:
+        own = optimizer.state.get(parameter)
+        for key, leaf in stored.items():
+            if type(leaf) is StoredTensor:
+                before = own.get(key) if isinstance(own, dict) else None
+                yield leaf, before if isinstance(before, torch.Tensor) and is_sharded(before) else parameter
 
 
 def _load_settings(optimizer: Optimizer, groups: list[dict[str, Any]], orders: Sequence[Sequence[int]]) -> None:
@@ -150,7 +164,8 @@ def _put_back_dtypes(optimizer: Optimizer, saved: Mapping[str, Any], dtypes: Map
 
 def _restored(loaded: Any, given: Any, follows: torch.dtype | None) -> Any:
     if isinstance(loaded, torch.Tensor) and isinstance(given, torch.Tensor):
-        if type(loaded) is not torch.Tensor or loaded.dtype == given.dtype or given.dtype == follows:
+        is_known = type(loaded) is torch.Tensor or is_sharded(loaded)
+        if not is_known or loaded.dtype == given.dtype or given.dtype == follows:
             return loaded
         return given.to(loaded.device)
     if isinstance(loaded, dict) and isinstance(given, dict):

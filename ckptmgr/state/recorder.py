@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from .capturing import Pickled, Reader, Reading, Ties
 from .codec import encode
 from .collector import uncollected
 from .plain_tags import is_plain
-from .snapshot import FlatSnapshot, Tree, map_leaves
+from .shards import local
+from .snapshot import FlatSnapshot, RankPart, Tree, map_leaves
 from .structure import LEAVES, TENSORS, Form, Part, form, is_lasting, is_loose, is_same_tree, is_special
 
 _MOST_PARTS = 64  # of an entry that are looked at one by one
@@ -35,8 +37,9 @@ class Recorder:
         self._reader = Reader()
         self._last: _Record | None = None
 
-    def capture(self, objects: Mapping[str, Any], only: Collection[str] | None = None) -> FlatSnapshot:
+    def capture(self, objects: Mapping[str, Any], only: Collection[str] | None = None, rank: int = 0) -> FlatSnapshot:
         """The state of the objects as `capture` and `flatten` give it, parameters without gradient as `still`.
+        `ranks` has the part of this process, which is `rank`.
 
         Takes little more than the objects' own `state_dict()` where the structure is that of the last
         capture. The trees are also those of later snapshots: they are not to be changed. Blocks, raises and
@@ -49,7 +52,12 @@ class Recorder:
             with uncollected():
                 last, flat = _record(reading)
         self._last = last
-        return flat
+        return replace(flat, ranks={rank: reading.part})
+
+    def capture_part(self, objects: Mapping[str, Any], only: Collection[str] | None = None) -> RankPart:
+        """Only what differs from rank to rank, for a rank whose other entries another one saves: these are
+        not asked for their state. Blocks, raises and warns like `capture`."""
+        return self._reader.read(objects, only, shared=False).part
 
 
 def _record(reading: Reading) -> tuple[_Record | None, FlatSnapshot]:
@@ -65,13 +73,13 @@ def _record(reading: Reading) -> tuple[_Record | None, FlatSnapshot]:
     objects = pickled.dump()
     still = _still(reading.parameters, ties.find)
     pointers = list(map(_address, ties.tensors, ties.forms))
-    flat = FlatSnapshot(trees, ties.tensors, reading.notes, objects, reading.rng, object(), still, pointers)
+    flat = FlatSnapshot(trees, ties.tensors, reading.notes, objects, {}, object(), still, pointers)
     forms = _Forms(ties)
     return (_Record(reading, flat, forms, ties.numbers) if forms.are_lasting else None), flat
 
 
 def _address(tensor: torch.Tensor, own: Form) -> int:
-    return 0 if is_loose(own) else tensor.data_ptr()
+    return 0 if is_loose(own) else local(tensor).data_ptr()
 
 
 def _still(parameters: Collection[torch.nn.Parameter], find: Callable[[torch.Tensor], int | None]) -> frozenset[int]:
@@ -149,7 +157,7 @@ class _Record:
         self._notes = {
             name: self._notes[name] if self._notes.get(name) == note else note for name, note in notes.items()
         }
-        return FlatSnapshot(entries, tensors, self._notes, objects, reading.rng, self._shape, self._still, addresses)
+        return FlatSnapshot(entries, tensors, self._notes, objects, {}, self._shape, self._still, addresses)
 
     def _is_rightly_moved(self, reading: Reading, addresses: list[int]) -> bool:
         """Whether tensors that moved in memory are no more tied, and no less still, than they were."""
@@ -161,7 +169,7 @@ class _Record:
 
         def find(tensor: torch.Tensor) -> int | None:
             own = form(tensor)
-            return None if is_loose(own) else numbers.get((tensor.data_ptr(), forms.ids.get(own, 0)))
+            return None if is_loose(own) else numbers.get((local(tensor).data_ptr(), forms.ids.get(own, 0)))
 
         return self._still == _still(reading.parameters, find)
 

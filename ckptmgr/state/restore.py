@@ -11,11 +11,12 @@ from ..errors import CheckpointError, ConfigError, DamagedError, StateMismatchEr
 from .capturing import named_modules
 from .codec import decode
 from .differences import Differences
-from .filling import Fitting, Source
+from .filling import LOADER, Fitting, Source
 from .fitting import fit, is_target
 from .in_place import InPlace
 from .names import parameter_names
 from .plain_tags import is_unsaved
+from .ranks import refuse_marks_within, unmarked
 from .snapshot import StoredState, StoredTensor
 from .trees import Needs
 
@@ -29,7 +30,7 @@ def match(
     """Compare the targets with a checkpoint; touches neither.
 
     A target is an object with `load_state_dict()`, a tensor, or a dict, list or tuple of such,
-    under its entry's name; entries in `skip` are left out. Plain values within a dict or list
+    under its entry's name, marked `per_rank` or not; entries in `skip` are left out. Plain values within a dict or list
     are replaced there, and a dict gets the checkpoint's further keys; a dict or list of nothing
     but plain values becomes what it was.
 
@@ -39,8 +40,9 @@ def match(
     """
     if unknown := [name for name in skip if name not in targets and name not in stored.entries and name != "rng"]:
         raise ConfigError(f"skip: no entry {', '.join(map(repr, unknown))}; there are {', '.join(stored.entries)}, rng")
-    claimed = {name: target for name, target in targets.items() if name not in skip}
+    claimed = {name: target for name, target in unmarked(targets).items() if name not in skip}
     for name, target in claimed.items():
+        refuse_marks_within(name, target)
         if not is_target(target):
             raise ConfigError(
                 f"{name} is a {type(target).__qualname__}, which can't be filled in place; leave it out and take it "
@@ -97,8 +99,11 @@ class RestorePlan:
             except CheckpointError:
                 raise
             except Exception as exc:
+                cause = str(exc) or repr(exc)
+                if filling.order == LOADER:
+                    cause += ". A data loader goes on with as many workers as it had, over the same data, or is skipped"
                 raise StateMismatchError(
-                    f"{filling.where}: its load_state_dict() refused what the checkpoint holds: {exc}. "
+                    f"{filling.where}: its load_state_dict() refused what the checkpoint holds: {cause}. "
                     "The objects may be partly filled"
                 ) from exc
 

@@ -5,8 +5,11 @@ Python's, NumPy's global one where NumPy is in use, torch's on the CPU and on ev
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import random
+import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,21 +18,28 @@ from typing import Any
 import torch
 
 from ..errors import DamagedError
-from .codec import decode, encode
+from .codec import decode, encode, to_json
 from .snapshot import Tree
 
 
 @dataclass(frozen=True, slots=True)
 class RngReport:
-    """Which generators go on where they were saved, and which do not, each with the reason."""
+    """Which generators go on where they were saved, and which do not, each with the reason. Those in `derived`
+    begin anew, each rank's elsewhere, from what the checkpoint holds; torch's with those of its devices."""
 
     restored: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
 
 
 def capture_rng() -> Tree:
     """The tree of all generators of this process. Starts no device that is not yet in use."""
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    return encode(generators(), path="rng")
+
+
+def generators() -> dict[str, Any]:
+    """The states of all generators of this process, by name, for `put_back` and `encode`."""
+    state: dict[str, Any] = {"python": _packed(random.getstate()), "torch": torch.get_rng_state()}
     if numpy := sys.modules.get("numpy"):
         state["numpy"] = numpy.random.get_state(legacy=False)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -38,7 +48,30 @@ def capture_rng() -> Tree:
         state["xpu"] = torch.xpu.get_rng_state_all()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
-    return encode(state, path="rng")
+    return state
+
+
+def put_back(states: dict[str, Any]) -> None:
+    """Undo what was drawn since `generators` gave these states."""
+    for name, state in states.items():
+        _put_back(name, state, [], [])
+
+
+def derive_rng(tree: Tree, step: int, rank: int) -> RngReport:
+    """Start every generator in use anew, from a captured tree, a step and a rank: the same for the same
+    of all three, and another for another of any."""
+    origin = hashlib.sha256(json.dumps(to_json(tree), sort_keys=True).encode()).hexdigest()
+
+    def seed(name: str) -> bytes:
+        return hashlib.sha256(f"{origin}/{step}/{rank}/{name}".encode()).digest()
+
+    random.seed(seed("python"))
+    torch.manual_seed(int.from_bytes(seed("torch")[:8], "little"))
+    derived = ["python", "torch"]
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(struct.unpack("<8I", seed("numpy")))
+        derived.append("numpy")
+    return RngReport(derived=tuple(derived))
 
 
 def restore_rng(tree: Tree) -> RngReport:
@@ -55,20 +88,36 @@ def restore_rng(tree: Tree) -> RngReport:
             skipped.append(f"{name}: {reason}")
             continue
         try:
-            state = decode(saved, path=f"rng.{name}")
-            if name in ("cuda", "xpu"):
-                backend = torch.cuda if name == "cuda" else torch.xpu
-                _restore_devices(name, state, backend.device_count(), backend.set_rng_state, restored, skipped)
-            else:
-                _SETTERS[name](state)
-                restored.append(name)
-        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError) as exc:
+            _put_back(name, decode(saved, path=f"rng.{name}"), restored, skipped)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, OverflowError, struct.error) as exc:
             raise DamagedError(f"the state of random generator {name!r} can't be put back: {exc!r}") from exc
     return RngReport(tuple(restored), tuple(skipped))
 
 
+def _put_back(name: str, state: Any, restored: list[str], skipped: list[str]) -> None:
+    if name in ("cuda", "xpu"):
+        backend = torch.cuda if name == "cuda" else torch.xpu
+        _restore_devices(name, state, backend.device_count(), backend.set_rng_state, restored, skipped)
+    else:
+        _SETTERS[name](state)
+        restored.append(name)
+
+
+def _packed(state: tuple[Any, ...]) -> dict[str, Any]:
+    """Python's state of 625 numbers in few values: it is written at every save."""
+    version, words, gauss = state
+    return {"version": version, "words": struct.pack(f"<{len(words)}I", *words), "gauss": gauss}
+
+
+def _set_python(state: Any) -> None:
+    if isinstance(state, dict):
+        words = state["words"]
+        state = (state["version"], struct.unpack(f"<{len(words) // 4}I", words), state["gauss"])
+    random.setstate(state)  # a tuple as it is: as first versions wrote it
+
+
 _SETTERS: dict[str, Callable[[Any], None]] = {
-    "python": random.setstate,
+    "python": _set_python,
     "torch": torch.set_rng_state,
     "numpy": lambda state: importlib.import_module("numpy").random.set_state(state),
     "mps": lambda state: torch.mps.set_rng_state(state),

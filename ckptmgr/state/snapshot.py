@@ -18,6 +18,20 @@ if TYPE_CHECKING:
 Tree: TypeAlias = Any
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RankPart:
+    """What one rank saves for itself: its random generators, and its own entries with notes and objects as
+    in `Snapshot`. All of it is JSON, to be gathered on the rank that writes: tensors are inline (see
+    `codec.to_json`), and `{"$tensor": i}` in the entries stands for `tensors[i]`.
+    """
+
+    rng: Tree = None
+    entries: dict[str, Tree] = field(default_factory=dict)
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tensors: tuple[Tree, ...] = ()
+    objects: bytes | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """A state captured on this rank, one tree per entry.
@@ -25,13 +39,13 @@ class Snapshot:
     `notes` holds what an entry's tree cannot say about itself, by entry name: for an optimizer
     `{"params": [[name, ...], ...]}`, the parameter names of each of its groups.
     `objects` is a `torch.save` file of what neither JSON nor a tensor file can hold (leaves
-    `{"$object": path}`), keyed by path, or None. `rng` is the tree of random generators.
+    `{"$object": path}`), keyed by path, or None. `ranks` are the parts of their own that ranks have.
     """
 
     entries: dict[str, Tree]
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     objects: bytes | None = None
-    rng: Tree = None
+    ranks: Mapping[int, RankPart] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,17 +57,24 @@ class FlatSnapshot:
     device and flags. A part of a tree that did not change is the very same object too. So what was
     planned for one snapshot serves the next. `still` are the tensors that are not expected to change from save to
     save: parameters that take no gradient. `pointers` are the tensors' addresses, where they are
-    known already. `rng` is as in `Snapshot`, tensors included.
+    known already. `ranks` are the parts of ranks, by rank: after a capture this rank's own.
     """
 
     entries: dict[str, Tree]
     tensors: Sequence[torch.Tensor]
     notes: dict[str, dict[str, Any]]
     objects: bytes | None
-    rng: Tree
+    ranks: Mapping[int, RankPart]
     shape: object
     still: frozenset[int] = frozenset()
     pointers: Sequence[int] | None = None
+
+    @property
+    def has_sharded(self) -> bool:
+        """Whether a tensor is sharded over ranks: then only format `dcp` writes it."""
+        from .shards import has_sharded
+
+        return has_sharded(self.tensors)
 
 
 def flatten(snapshot: Snapshot, still: Collection[torch.Tensor] = ()) -> FlatSnapshot:
@@ -71,7 +92,7 @@ def flatten(snapshot: Snapshot, still: Collection[torch.Tensor] = ()) -> FlatSna
 
     entries = {name: map_leaves(tree, numbered) for name, tree in snapshot.entries.items()}
     quiet = frozenset(number for tensor in still if (number := numbers.get(id(tensor))) is not None)
-    return FlatSnapshot(entries, tensors, snapshot.notes, snapshot.objects, snapshot.rng, object(), quiet)
+    return FlatSnapshot(entries, tensors, snapshot.notes, snapshot.objects, snapshot.ranks, object(), quiet)
 
 
 def map_leaves(tree: Tree, change: Callable[[Any, tuple[str, ...]], Any], path: tuple[str, ...] = ()) -> Tree:
@@ -121,6 +142,18 @@ class StoredTensor:
     is_parameter: bool = False
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredPart:
+    """What a rank saved for itself, read: `tensors` are the stored ones in the entries' trees with their values.
+    `objects` is as in `StoredState`."""
+
+    rng: Tree
+    entries: Mapping[str, Tree]
+    notes: Mapping[str, dict[str, Any]]
+    tensors: Mapping[StoredTensor, torch.Tensor]
+    objects: Callable[[], dict[str, Any]]
+
+
 class StoredState(Protocol):
     """A checkpoint opened by its format: everything known but the tensors' bytes."""
 
@@ -131,9 +164,8 @@ class StoredState(Protocol):
     @property
     def notes(self) -> Mapping[str, dict[str, Any]]: ...
 
-    @property
-    def rng(self) -> Tree:
-        """The tree of random generators, or None."""
+    def part(self, rank: int) -> StoredPart | None:
+        """What a rank saved for itself, read now, or None when it saved nothing. Raises `DamagedError`."""
 
     def fetch(
         self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"
@@ -141,5 +173,5 @@ class StoredState(Protocol):
         """Read the wanted tensors, each into the memory of the tensor given for it (same shape and
         dtype, any device and strides), or into a fresh one on `device` where None is given. Raises `DamagedError`."""
 
-    def objects(self) -> dict[str, Any]:
+    def objects(self) -> Mapping[str, Any]:
         """What was pickled, by path. Runs code from the checkpoint: call only when trusted."""

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .shards import is_sharded, local, placement
 from .snapshot import Tree
 
 Form: TypeAlias = tuple[Any, ...]
@@ -100,7 +101,10 @@ def is_same_tree(one: Tree, other: Tree) -> bool:
 
 
 def form(tensor: torch.Tensor) -> Form:
-    """All about a tensor but its numbers and where they are."""
+    """All about a tensor but its numbers and where they are. Of a sharded one it is about the part here."""
+    if is_sharded(tensor):
+        own = form(local(tensor))
+        return ((type(tensor), placement(tensor)), tensor.requires_grad, *own[2:])
     layout, is_quantized, is_nested = tensor.layout, tensor.is_quantized, tensor.is_nested
     return (
         type(tensor),

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..state.snapshot import Snapshot, StoredTensor, Tree, map_leaves
+from ..state.codec import to_json
+from ..state.snapshot import RankPart, Snapshot, StoredTensor, Tree, map_leaves
 
 _INTEGERS = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 _FLOATS = ("float16", "bfloat16", "float32", "float64", "complex32", "complex64", "complex128")
@@ -98,8 +99,16 @@ def _everything_else() -> Snapshot:
     return Snapshot(
         {"optimizer": {"state": {"$dict": [[0, {"exp_avg": torch.ones(2)}], [1, {"exp_avg": torch.zeros(2)}]]}}},
         notes={"optimizer": {"params": [["a", "b"], []]}},
-        rng={"python": [3, [1, 2, 3], None]},
+        ranks={0: RankPart({"python": [3, [1, 2, 3], None]}), 3: _own_entries()},
     )
+
+
+def _own_entries() -> RankPart:
+    tensors = [torch.arange(6.0).view(2, 3), torch.nn.Parameter(torch.ones(2)), torch.empty(0, dtype=torch.int8)]
+    tensors += [torch.tensor(True), torch.ones(1, dtype=torch.complex64, requires_grad=True)]
+    tree = {"tied": [{"$tensor": 0}, {"$tensor": 0}], "more": [{"$tensor": i} for i in range(1, 5)], "at": 3}
+    rng = to_json({"torch": torch.arange(3)})
+    return RankPart(rng, {"loader": tree}, {"loader": {"class": "a.B"}}, tuple(map(to_json, tensors)))
 
 
 def _not_dense() -> Snapshot:

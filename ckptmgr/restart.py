@@ -1,0 +1,119 @@
+"""From which checkpoint does a run go on? Rank 0 looks and takes the root; all ranks restore the same one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .config import CheckpointConfig
+from .coordinator import Coordinator
+from .errors import ConfigError, StoreError
+from .listing import Listing
+from .manifest import CheckpointInfo
+from .resumption import Reader, Resumed, warn_if_unhealthy
+from .run import Run
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger("ckptmgr.resume")
+
+
+class Restart:
+    """One start of a run, on a rank. `fresh` archives what is there; `read_only` takes nothing."""
+
+    def __init__(self, run: Run, config: CheckpointConfig, ranks: Coordinator, *, read_only: bool, fresh: bool) -> None:
+        self._run, self._config, self._ranks = run, config, ranks
+        self._read_only, self._fresh = read_only, fresh
+        self._listing: Listing | None = None  # on rank 0, unless it is a fresh start
+
+    def resume(
+        self,
+        targets: Mapping[str, Any],
+        step: int | str | None,
+        strict: bool,
+        skip: Sequence[str],
+        map_location: str | torch.device,
+    ) -> tuple[CheckpointInfo | None, Resumed]:
+        """Restore the newest good checkpoint, or that of a step, and take the run up there. Every rank calls
+        it; blocks, and raises what `CheckpointManager.resume` does."""
+        ranks = self._ranks
+        asked = (sorted(targets), step, strict, sorted(skip))
+        if ranks.prompt.exchange("resume", lambda: asked, self._open):
+            return None, Resumed()
+        found = self._reader().restore_first(self._candidates(step), targets, strict, skip, map_location, self._mark)
+        ranks.patient.first("take up", lambda: self._take_up(found))
+        return found or (None, Resumed())
+
+    def _open(self, asked: Sequence[Any]) -> bool:
+        """On rank 0: become the writer, and look what is there; whether it is a fresh start."""
+        if odd := [rank for rank, one in enumerate(asked) if one != asked[0]]:
+            raise ConfigError(
+                f"resume() was called with {asked[0]} on rank 0 and with {asked[odd[0]]} on rank {odd[0]} (entries, "
+                "step, strict, skip): every rank must ask for the same"
+            )
+        if self._fresh:
+            self._run.begin_fresh()
+            return True
+        if not self._read_only:
+            self._run.hold()
+        self._listing = self._run.listing()
+        return False
+
+    def _reader(self) -> Reader:
+        """On a local disk every rank reads; over a network one does, for all."""
+        config, ranks, repository = self._config, self._ranks, self._run.repository
+        mode = ("rank0" if repository.store.path is None else "all") if config.read == "auto" else config.read
+        return Reader(
+            repository,
+            config.verify.on_resume,
+            config.trust_pickle,
+            ranks.rank,
+            ranks.world_size,
+            config.on_world_change,
+            ranks.patient,
+            None if mode == "all" else ranks.circle(mode),
+        )
+
+    def _candidates(self, step: int | str | None) -> Iterator[CheckpointInfo]:
+        """What is to be tried, one after the other, as rank 0 finds them."""
+        run = self._run
+        tried: Iterator[CheckpointInfo] = iter(())
+
+        def begin() -> CheckpointInfo | None:
+            nonlocal tried
+            assert self._listing is not None
+            if step is None:
+                tried = run.newest_first(self._listing)
+            else:
+                tried = iter([run.find(step, run.infos(self._listing))])
+            return next(tried, None)
+
+        info = self._ranks.patient.first("look for checkpoints", begin)
+        while info is not None:
+            yield info
+            info = self._ranks.patient.first("look for another checkpoint", lambda: next(tried, None))
+
+    def _take_up(self, found: tuple[CheckpointInfo, Resumed] | None) -> None:
+        """On rank 0: the run goes on from what was restored, or begins."""
+        run, listing = self._run, self._listing
+        assert listing is not None
+        if found is None:
+            if not self._read_only:
+                run.begin(listing)
+            return
+        info, resumed = found
+        if not self._read_only:
+            run.go_on_from(info, listing, {one.url.removeprefix(f"{run.url}/") for one in resumed.skipped})
+            run.rotate()
+        warn_if_unhealthy(info, run.newest_first(listing))
+
+    def _mark(self, info: CheckpointInfo, reason: str) -> None:
+        """A reader leaves no mark; a store that takes none must not hide the sound ones."""
+        if self._read_only or info.damaged is not None or self._ranks.rank:
+            return
+        try:
+            self._run.repository.mark_damaged(info, reason)
+        except StoreError as exc:
+            _log.warning("damage.mark.failed step=%d url=%s cause=%s", info.step, self._run.url, exc)
