@@ -21,7 +21,8 @@ _ANYWHERE = (OnSignals, OnRequest)  # these count on whatever rank they come; th
 _ERROR = 8  # a trigger raised on rank 0
 _BITS = 8  # above them rank 0 says in how many calls the next vote is
 _VOTES_EVERY_S = 0.02
-_MOST_CALLS = 1000  # from one vote to the next
+_MOST_CALLS = 50  # from one vote to the next: steps may grow longer
+_FEWEST_CALLS = 5  # that tell how long a call takes
 
 
 class JointSchedule(Schedule):
@@ -50,7 +51,7 @@ class JointSchedule(Schedule):
         self._why: str | None = None  # this rank voted for a save
         self._next_why: str | None = None  # it is going to vote for one
         self._error: Exception | None = None  # of a trigger, until all hear of it
-        self._began, self._began_at = clock(), 0  # to tell how long a call takes
+        self._began, self._began_at, self._interval = clock(), 0, 1  # to tell how long a call takes
 
     def is_quiet(self, step: int, epoch: int | None) -> bool:
         self._calls += 1
@@ -86,8 +87,7 @@ class JointSchedule(Schedule):
         """What all ranks decide at this call, after `listen`."""
         reason = self._rule.due(self._moment(step, epoch, metrics))
         if reason is None and self._agreed & SAVE:
-            # What it begins with is the same on all ranks, as their calls are compared by it.
-            reason = f"agreed: {self._why or 'another rank asked for it'}"
+            reason = self._why or "another rank asked for it"
         return Decision(reason)
 
     def saved(self, step: int, epoch: int | None, heard: tuple[int, int] | None = None) -> None:
@@ -118,7 +118,7 @@ class JointSchedule(Schedule):
         return self._is_told_to_stop
 
     def agree_is_asked(self) -> bool:
-        """Whether any rank had a signal or request at the last call that no save has answered: what came later
+        """Whether any rank had a signal or request at the last vote that no save has answered: what came later
         one rank alone knows. Blocks."""
         if self._ballot is None or not self._ballot.is_open:
             return False
@@ -128,10 +128,10 @@ class JointSchedule(Schedule):
         """So many that a loop of short steps does not vote at each of them."""
         now, calls = self._clock(), self._calls - self._began_at
         taken = now - self._began
-        if calls and taken > 0:
+        if calls >= _FEWEST_CALLS and taken > 0:
             self._began, self._began_at = now, self._calls
-            return max(1, min(_MOST_CALLS, math.floor(_VOTES_EVERY_S * calls / taken)))
-        return 1
+            self._interval = max(1, min(_MOST_CALLS, math.floor(_VOTES_EVERY_S * calls / taken)))
+        return self._interval
 
 
 def _raise(error: Exception | None) -> None:

@@ -94,7 +94,6 @@ class CheckpointManager(Catalog):
         self._request_file: RequestFile | None = None
         if self.config.save.on_file is not None and not read_only:
             self._request_file = RequestFile(store, self.config.save.on_file, self._schedule.request)
-            self._request_file.start()
         self._last_call: tuple[State, int, int | None, Mapping[str, Any] | None] | None = None
         self._is_begun = self._is_closed = False
 
@@ -137,7 +136,7 @@ class CheckpointManager(Catalog):
 
     def _save_if_free(self, state: State, request: Request) -> Pending | None:
         """Save what is due, unless it is there already or nobody is to wait for the save before it."""
-        what = f"{request.reason.partition(':')[0]}, step {request.step}"
+        what = f"a save that is due, step {request.step}"
         answer = self._ranks_now.prompt.exchange(what, lambda: None, lambda _: self._judge(request))
         if answer == "there":
             self._note_saved(request)  # this very step is there, or on its way
@@ -230,15 +229,16 @@ class CheckpointManager(Catalog):
             return
         earlier: CheckpointError | None = None
         try:
+            is_lost = self._ranks is not None and self._ranks.problem is not None  # of which the caller knows
             try:
-                is_asked = self._schedule.agree_is_asked()
+                is_asked = self._schedule.is_asked if is_lost else self._schedule.agree_is_asked()
             except CoordinationError as exc:
                 is_asked, earlier = self._schedule.is_asked, exc
             try:
                 self.wait(timeout)
             except CheckpointError as exc:
                 earlier = earlier or exc
-            is_asked = is_asked or self.config.save.on_close
+            is_asked = (is_asked or self.config.save.on_close) and not self._is_left_out
             if is_asked and (call := self._last_call) is not None and not self._read_only:
                 self._save_if_free(call[0], replace(self._request(*call[1:]), reason="close()"))
             self.wait(timeout)
@@ -458,6 +458,8 @@ class CheckpointManager(Catalog):
                 self._schedule = JointSchedule(
                     self._schedule, self._ranks, takes_requests=self.config.save.on_file is not None
                 )
+            if self._request_file is not None and not self._ranks.rank:
+                self._request_file.start()
         return self._ranks
 
     def _in_step(self) -> Coordinator:
@@ -468,10 +470,15 @@ class CheckpointManager(Catalog):
         return ranks
 
     @property
+    def _is_left_out(self) -> bool:
+        """Whether the ranks have lost each other, and this is not the one that can still save alone."""
+        return self._ranks is not None and self._ranks.problem is not None and self._ranks.rank > 0
+
+    @property
     def _ranks_now(self) -> Coordinator:
         """Those that take part in a save: after the ranks have lost each other rank 0 alone, in an emergency."""
         ranks = self._join()
-        return ranks if ranks.problem is None or ranks.rank else Solo()
+        return ranks if ranks.problem is None or self._is_left_out else Solo()
 
     def _note_saved(self, request: Request, heard: tuple[int, int] | None = None) -> None:
         self._schedule.saved(request.step, request.epoch, heard)

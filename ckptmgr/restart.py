@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .config import CheckpointConfig
 from .coordinator import Coordinator
-from .errors import ConfigError, StoreError
+from .errors import CheckpointError, ConfigError
 from .listing import Listing
 from .manifest import CheckpointInfo
 from .resumption import Reader, Resumed, warn_if_unhealthy
@@ -115,5 +115,5 @@ class Restart:
             return
         try:
             self._run.repository.mark_damaged(info, reason)
-        except StoreError as exc:
+        except CheckpointError as exc:  # the others are not told: they wait for rank 0 to look for another one
             _log.warning("damage.mark.failed step=%d url=%s cause=%s", info.step, self._run.url, exc)

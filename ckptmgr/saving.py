@@ -58,9 +58,9 @@ class Saver:
 
         def mine() -> tuple[bool, Any]:
             nonlocal save
+            objects = as_mapping(state)  # first: what it calls may be collective, and so no rank's to leave out
             if not ranks.rank:
                 check()
-            objects = as_mapping(state)
             is_sharded = self._is_sharded(objects, ranks)
             save = self._sharded(request) if is_sharded else self._whole(request)
             return is_sharded, save.capture(objects, self._config.only, ranks)

@@ -70,7 +70,6 @@ class ShardedSave:
         self._plan: RankPlan | None = None
         self._held: Held | None = None
         self._about: Manifest | None = None
-        self._trouble: Exception | None = None  # of this rank, which the others do not know of yet
 
     def capture(self, objects: Mapping[str, Any], only: Sequence[str] | None, ranks: Coordinator) -> Share:
         """What this rank has."""
@@ -87,14 +86,16 @@ class ShardedSave:
         return self._plans.joined([share.plan for share in shares])
 
     def take(self, answer: list[RankPlan | None], ranks: Coordinator) -> bool:
-        """Copy what this rank writes, if that is to happen in the background; whether it is."""
-        try:
-            return self._taken(answer[ranks.rank])
-        except Exception as exc:  # noqa: BLE001 - the other ranks go on to `write`, and hear of it there
-            self._trouble = exc
-            return False
+        """Copy what this rank writes, if that is to happen in the background; whether it is, on all ranks: one
+        that must write at once would raise at this call what the others hear of at a later one."""
 
-    def _taken(self, plan: RankPlan | None) -> bool:
+        def copied() -> bool:
+            with self._committer.failing(self._request):
+                return self._is_copied(answer[ranks.rank])
+
+        return ranks.patient.exchange(f"copy of step {self._request.step}", copied, all)
+
+    def _is_copied(self, plan: RankPlan | None) -> bool:
         assert self._flat is not None
         plans = self._plans
         plans.own = self._plan = plan or plans.own
@@ -139,8 +140,6 @@ class ShardedSave:
         return info
 
     def _written(self, draft: Draft) -> list[Row]:
-        if self._trouble is not None:
-            raise self._trouble
         assert self._flat is not None
         assert self._plan is not None
         assert self._held is not None

@@ -15,9 +15,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import TensorDataset
+from torch.utils.data import DistributedSampler, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from ckptmgr import CheckpointManager  # ckptmgr: the library
 
@@ -43,22 +42,10 @@ dist.init_process_group(store=store, rank=rank, world_size=ranks)
 torch.set_num_threads(1)  # sums are added in the same order every time
 torch.manual_seed(args.seed + rank)  # every rank drops out others; the first weights are those of rank 0
 
-
-class Sampler(StatefulDistributedSampler):
-    """Goes on in the middle of an epoch, and in the order of that epoch."""
-
-    def state_dict(self):
-        return {"epoch": self.epoch, **super().state_dict()}
-
-    def load_state_dict(self, state):
-        self.set_epoch(state["epoch"])
-        super().load_state_dict(state)
-
-
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
 data = TensorDataset(images, torch.tensor(digits.target))
-sampler = Sampler(data, seed=args.seed)
+sampler = DistributedSampler(data, seed=args.seed)
 loader = StatefulDataLoader(data, batch_size=args.batch // ranks, sampler=sampler, drop_last=True)
 
 layers = nn.Sequential(

@@ -17,9 +17,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
-from torch.utils.data import TensorDataset
+from torch.utils.data import DistributedSampler, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
-from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from ckptmgr import CheckpointManager  # ckptmgr: the library
 
@@ -47,22 +46,10 @@ dist.init_process_group(store=store, rank=rank, world_size=ranks)
 torch.set_num_threads(1)  # sums are added in the same order every time
 torch.manual_seed(args.seed)  # the first weights, the same on every rank
 
-
-class Sampler(StatefulDistributedSampler):
-    """Goes on in the middle of an epoch, and in the order of that epoch."""
-
-    def state_dict(self):
-        return {"epoch": self.epoch, **super().state_dict()}
-
-    def load_state_dict(self, state):
-        self.set_epoch(state["epoch"])
-        super().load_state_dict(state)
-
-
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32) / 16
 data = TensorDataset(images, torch.tensor(digits.target))
-sampler = Sampler(data, seed=args.seed)
+sampler = DistributedSampler(data, seed=args.seed)
 loader = StatefulDataLoader(data, batch_size=args.batch // ranks, sampler=sampler, drop_last=True)
 
 

@@ -203,7 +203,7 @@ class Ranks:
     def wait(self, timeout_s: float = 60, *, unless_left: Sequence[int] = ()) -> list[RankResult]:
         """See `run_ranks`."""
         deadline = time.monotonic() + timeout_s
-        while waited_for := self._running() - set(unless_left):
+        while (waited_for := self._running() - set(unless_left)) or self._is_torchrun_waited_for(unless_left):
             if time.monotonic() > deadline:
                 printed = self._printed()
                 self.kill()
@@ -240,13 +240,19 @@ class Ranks:
     # How they are
 
     def _running(self) -> set[int]:
-        """The ranks that have not ended; all of them until torchrun has."""
+        """The ranks that have not ended; those of a script all together with torchrun."""
         if self._torchrun is not None:
-            return set() if self._torchrun.poll() is not None else set(range(self.world_size))
+            is_over = self._torchrun.poll() is not None
+            ends = {rank for rank in range(self.world_size) if (self.folder / f"end-{rank}.json").exists()}
+            return set() if is_over else set(range(self.world_size)) - ends
         running = {rank for rank, process in enumerate(self._processes) if process.exitcode is None}
         for rank in set(range(self.world_size)) - running:
             self._elapsed_s.setdefault(rank, time.monotonic() - self._began)
         return running
+
+    def _is_torchrun_waited_for(self, unless_left: Sequence[int]) -> bool:
+        """It does not end before a rank that was stopped."""
+        return self._torchrun is not None and not unless_left and self._torchrun.poll() is None
 
     def _torchrun_processes(self) -> list[int]:
         """Also those that torchrun has left behind. Only what carries the name of our folder is ours."""

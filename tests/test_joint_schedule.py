@@ -178,13 +178,12 @@ def test_a_predicate_sees_every_moment_however_short_the_steps_are() -> None:
         first, *others = saves(ranks)
         assert 45 < first <= 45 + 2 * 20
         assert others == [100]
-        assert ranks[0].reasons[first].startswith("agreed: when: ")
+        assert ranks[0].reasons[first].startswith("when: ")
     assert asked == list(range(1, 150))
 
 
 @pytest.mark.parametrize("wanting", [0, 2])
-def test_reasons_begin_alike_on_all_ranks_and_the_one_that_asked_knows_why(wanting: int) -> None:
-    """The manager compares the calls of the ranks by what the reason begins with."""
+def test_the_rank_that_asked_knows_why_and_the_others_that_one_did(wanting: int) -> None:
     with job(3, lambda rank: []) as ranks:
         for step in range(1, 6):
             if step == 2:
@@ -192,10 +191,8 @@ def test_reasons_begin_alike_on_all_ranks_and_the_one_that_asked_knows_why(wanti
             for rank in ranks:
                 rank.call(step)
         assert saves(ranks) == [3]
-        assert ranks[wanting].reasons[3] == "agreed: request: please"
-        assert {rank.reasons[3] for rank in ranks if rank is not ranks[wanting]} == {
-            "agreed: another rank asked for it"
-        }
+        assert ranks[wanting].reasons[3] == "request: please"
+        assert {rank.reasons[3] for rank in ranks if rank is not ranks[wanting]} == {"another rank asked for it"}
 
 
 def test_a_save_made_while_the_vote_for_one_is_under_way_answers_it() -> None:
@@ -252,7 +249,7 @@ def test_all_ranks_are_told_to_stop_at_the_same_call() -> None:
         assert saves(ranks) == [5]
 
 
-@pytest.mark.parametrize(("seconds", "calls"), [(0.1, 1), (0.007, 2), (0.001, 20), (1e-6, 1000)])
+@pytest.mark.parametrize(("seconds", "calls"), [(0.1, 1), (0.007, 2), (0.001, 20), (1e-6, 50)])
 def test_short_steps_have_more_calls_from_one_vote_to_the_next_the_same_on_all_ranks(
     seconds: float, calls: int
 ) -> None:
@@ -273,11 +270,13 @@ def test_short_steps_have_more_calls_from_one_vote_to_the_next_the_same_on_all_r
 
 def test_between_votes_a_call_is_quiet() -> None:
     with job(2, lambda rank: [EverySteps(10**6)]) as ranks:
-        for step in range(1, 101):
+        step = 0
+        while not step or ranks[0].schedule._next_vote - ranks[0].schedule._calls < 18:
+            step += 1
             for rank in ranks:
                 rank.call(step, seconds=0.001)
         quiet = 0
-        for step in range(101, 121):
+        for step in range(step + 1, step + 21):  # noqa: B020 - it goes on
             for rank in ranks:
                 rank.clock.go_on(0.001)
                 before = rank.schedule._calls

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
+from torch.utils.data import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ckptmgr import CheckpointManager, ConfigError, DamagedError, NotFoundError, StateMismatchError, per_rank
@@ -508,3 +509,24 @@ def test_a_loader_with_another_number_of_workers_is_named(tmp_path: Path, then: 
     assert "A data loader goes on with as many workers as it had, over the same data, or is skipped." in str(
         caught.value
     )
+
+
+def test_a_loader_goes_on_in_the_order_of_its_epoch(tmp_path: Path) -> None:
+    """Its own state says how far it was, but not what `set_epoch` had said."""
+
+    def loader() -> StatefulDataLoader[Any]:
+        data = list(range(12))
+        return StatefulDataLoader(data, batch_size=2, sampler=DistributedSampler(data, num_replicas=1, rank=0))
+
+    first = loader()
+    first.sampler.set_epoch(3)
+    batches = iter(first)
+    seen = [next(batches).tolist(), next(batches).tolist()]
+    with CheckpointManager(str(tmp_path)) as manager:
+        manager.save({"loader": first}, 2)
+    rest = [batch.tolist() for batch in batches]
+    second = loader()
+    with CheckpointManager(str(tmp_path)) as manager:
+        manager.resume(loader=second)
+    assert (second.sampler.epoch, [batch.tolist() for batch in second]) == (3, rest)
+    assert sorted(number for batch in seen + rest for number in batch) == list(range(12))

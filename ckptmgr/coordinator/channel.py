@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from ..errors import CoordinationError
@@ -22,7 +22,9 @@ R = TypeVar("R")
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.0002, 0.02  # between looks at what others have put
 _LOOKS_S = 0.5  # between looks at signs of life
-_MARGIN_S = 0.5  # that rank 0's verdict may take to come
+_MARGIN_S = 0.5  # that rank 0's verdict may take to come, and to be read
+_QUICK_S = 0.5  # for the store to say more of a problem that is known: it may be what does not answer
+_BEATS = 2.5  # periods without a sign of life mean that there is none
 
 
 _ENDED = "ended"  # the key under which a rank says that they are out of step, and why
@@ -33,6 +35,7 @@ class Pulse:
 
     def __init__(self, wire: Wire, rank: int, world_size: int, timeout_s: float) -> None:
         self._wire, self._rank, self._world_size = wire, rank, world_size
+        self._quick = wire.within(_QUICK_S)
         # Thousands of ranks must not keep the store busy with nothing but this.
         self.period_s = min(max(0.5, world_size / 500), timeout_s / 10)
         self._ended = threading.Event()
@@ -45,9 +48,13 @@ class Pulse:
 
     def without(self, ranks: Sequence[int]) -> list[int]:
         """Those of the ranks that show no sign of life. Blocks for a few periods."""
-        before = {rank: self.of(rank) for rank in ranks}
-        self._ended.wait(2.5 * self.period_s)
-        return [rank for rank in ranks if self.of(rank) == before[rank]]
+        before = self._signs(ranks)
+        self._ended.wait(_BEATS * self.period_s)
+        after = self._signs(ranks)
+        return [rank for rank in ranks if after[rank] == before[rank]]
+
+    def _signs(self, ranks: Sequence[int]) -> dict[int, int]:
+        return {rank: self._quick.add(f"alive/{rank}", 0) for rank in ranks}
 
     def stop(self) -> None:
         self._ended.set()
@@ -56,11 +63,9 @@ class Pulse:
         self._wire.add(f"alive/{self._rank}", 1)
 
     def _go_on(self) -> None:
-        try:
-            while not self._ended.wait(self.period_s):
+        while not self._ended.wait(self.period_s):
+            with suppress(CoordinationError):  # whoever asks something hears of it; the store may come back
                 self._beat()
-        except CoordinationError:
-            return  # whoever asks next hears of it
 
 
 class Fate:
@@ -68,7 +73,7 @@ class Fate:
     are asked nothing any more."""
 
     def __init__(self, wire: Wire) -> None:
-        self._wire = wire
+        self._wire, self._quick = wire, wire.within(_QUICK_S)
         self.problem: str | None = None
 
     def check(self) -> None:
@@ -86,8 +91,8 @@ class Fate:
         if self.problem is None:
             self.problem = problem
             with suppress(CoordinationError):  # without the store the others find out by themselves
-                if not self._wire.has([_ENDED]):
-                    self._wire.put(_ENDED, problem.encode())
+                if not self._quick.has([_ENDED]):
+                    self._quick.put(_ENDED, problem.encode())
         return CoordinationError(problem)
 
 
@@ -121,10 +126,13 @@ class StoreChannel:
     def first(self, what: str, make: Callable[[], R]) -> R:
         """See `Channel.first`."""
         turn = self._begin()
-        if self._rank:
-            return self._await_verdict(turn, what, is_gathered=False).get()  # type: ignore[no-any-return]
-        verdict = attempt(make, self._rank)
-        return self._tell(turn, what, verdict, []).get()  # type: ignore[no-any-return]
+        verdict = Outcome() if self._rank else attempt(make, self._rank)
+        with self._to_the_end(what, verdict):
+            if self._rank:
+                verdict = self._await_verdict(turn, what, is_gathered=False)
+            else:
+                verdict = self._tell(turn, what, verdict, [])
+        return verdict.get()  # type: ignore[no-any-return]
 
     def _begin(self) -> str:
         self._fate.check()
@@ -133,16 +141,26 @@ class StoreChannel:
             self._forget()
         return f"{self._name}/{self._count}"
 
+    @contextmanager
+    def _to_the_end(self, what: str, own: Outcome) -> Iterator[None]:
+        """Whoever leaves a turn on the way is out of step, and says so: else the others would wait for as long
+        as it lives."""
+        try:
+            yield
+        except CoordinationError as exc:
+            raise self._fate.end(str(exc)) from (own.cause or exc)
+        except BaseException as exc:  # an interrupt, or a part that can't be unpickled here
+            self._fate.end(f"{what}: rank {self._rank} left it half-way: {type(exc).__name__}: {exc}")
+            raise
+
     def _conclude(self, turn: str, what: str, part: Outcome, decide: Callable[[Sequence[Any]], Any]) -> Any:
         own = f"{turn}/{self._rank}"
-        try:
+        with self._to_the_end(what, part):
             self._wire.put(own, part.to_bytes(what, self._rank))
             if self._rank:
                 verdict = self._await_verdict(turn, what, is_gathered=True)
             else:
                 verdict = self._judge(turn, what, part, decide)
-        except CoordinationError as exc:
-            raise self._fate.end(str(exc)) from (part.cause or exc)
         failure = verdict.failure
         if failure is not None and failure.rank == self._rank and part.cause is not None:
             verdict = Outcome(failure=failure, cause=part.cause)
@@ -153,11 +171,13 @@ class StoreChannel:
     def _judge(self, turn: str, what: str, own: Outcome, decide: Callable[[Sequence[Any]], Any]) -> Outcome:
         """On rank 0: the verdict, which has been told."""
         keys = [f"{turn}/{rank}" for rank in range(self._world_size)]
-        missing = self._wait_for_all(keys)
+        watch = _Watch(self._pulse, self._timeout_s)
+        missing = self._wait_for_all(keys, watch)
         if missing:
-            problem = f"{what}: {self._who(missing)} did not come within {self._timeout_s:g} s"
+            problem = f"{what}: {watch.names(missing)} did not come within {self._timeout_s:g} s"
             failure = Failure(CoordinationError.__name__, problem, 0, ends=True)
             self._tell(turn, what, Outcome(failure=failure), keys)
+            self._let_read(turn, self._world_size - 1 - len(missing))
             raise CoordinationError(problem)
         self._wire.put(f"{turn}/gathered", b"")
         parts = [Message(what, own.value, own.failure)]
@@ -176,17 +196,17 @@ class StoreChannel:
             raise CoordinationError(problem)
         return verdict
 
-    def _wait_for_all(self, keys: Sequence[str]) -> list[int]:
+    def _wait_for_all(self, keys: Sequence[str], watch: _Watch) -> list[int]:
         """The ranks that have not come in time."""
-        watch = _Watch(self._pulse, self._timeout_s)
         absent = list(range(self._world_size))
-        for _ in _pauses():
+        for _ in _pauses(self._world_size):
             if self._wire.has(keys):
                 return []
             if watch.is_due():
                 self._fate.ask()
                 absent = [rank for rank in absent if not self._wire.has([keys[rank]])]
-                if late := [rank for rank in absent if watch.is_late(rank, self._is_patient)]:
+                late = [rank for rank in absent if watch.is_late(rank, self._is_patient)]
+                if late:
                     return late
         raise AssertionError
 
@@ -194,7 +214,7 @@ class StoreChannel:
         """On the other ranks: what rank 0 tells. `is_gathered`: it waits for all ranks first."""
         watch = _Watch(self._pulse, self._timeout_s)
         has_come = has_all = not is_gathered
-        for _ in _pauses():
+        for _ in _pauses(self._world_size):
             if self._wire.has([f"{turn}/verdict"]):
                 break
             if not watch.is_due():
@@ -207,12 +227,11 @@ class StoreChannel:
                 has_all = True
                 watch.begin(0)
             # It waits for others no longer than we do; its own work may take as long as it lives.
-            is_alive_enough = has_all or self._is_patient
-            if watch.is_late(0, is_alive_enough):
+            if watch.is_late(0, has_all or self._is_patient):
                 keys = [f"{turn}/{rank}" for rank in range(self._world_size)] if is_gathered else []
                 missing = [rank for rank, key in enumerate(keys) if not self._wire.has([key])] or [0]
                 done = "was not heard of" if has_come else "did not come"
-                raise self._fate.end(f"{what}: {self._who(missing)} {done} within {self._timeout_s:g} s")
+                raise self._fate.end(f"{what}: {watch.names(missing)} {done} within {self._timeout_s:g} s")
         told = Message.from_bytes(self._wire.get(f"{turn}/verdict"))
         self._wire.add(f"{turn}/read", 1)
         if told.failure is not None and told.failure.ends:
@@ -250,11 +269,13 @@ class StoreChannel:
                 if not self._read or self._fate.problem is not None or time.monotonic() > until:
                     return
 
-    def _who(self, ranks: Sequence[int]) -> str:
-        silent = set(self._pulse.without(ranks))
-        named = [f"{rank} (no sign of life)" if rank in silent else f"{rank} (alive)" for rank in ranks[:8]]
-        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
-        return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(named)}{more}"
+    def _let_read(self, turn: str, count: int) -> None:
+        """Give so many ranks a moment to read the verdict: the store may be this process's, which is about to end."""
+        until = time.monotonic() + _MARGIN_S
+        with suppress(CoordinationError):
+            for _ in _pauses():
+                if self._wire.add(f"{turn}/read", 0) >= count or time.monotonic() > until:
+                    return
 
 
 class _Watch:
@@ -283,19 +304,34 @@ class _Watch:
 
     def is_late(self, rank: int, is_patient: bool) -> bool:
         """Whether a rank was waited for long enough: from the beginning or, with patience, its last sign of life."""
-        now, since = time.monotonic(), self._began
-        if is_patient:
-            sign = self._pulse.of(rank)
-            if sign != self._signs.get(rank, (None, 0.0))[0]:
-                self._signs[rank] = (sign, now)
-            since = max(since, self._signs[rank][1])
-        return now - since > self._limit_s
+        now, seen = time.monotonic(), self._seen(rank)
+        return now - (max(self._began, seen) if is_patient else self._began) > self._limit_s
+
+    def names(self, ranks: Sequence[int]) -> str:
+        """The ranks in words, and whether they live. Blocks where that is not known yet."""
+        if unknown := [rank for rank in ranks if rank not in self._signs]:
+            for rank in unknown:
+                self._seen(rank)
+            time.sleep(_BEATS * self._pulse.period_s)
+        now = time.monotonic()
+        silent = {rank for rank in ranks if now - self._seen(rank) > _BEATS * self._pulse.period_s}
+        named = [f"{rank} (no sign of life)" if rank in silent else f"{rank} (alive)" for rank in ranks[:8]]
+        more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+        return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(named)}{more}"
+
+    def _seen(self, rank: int) -> float:
+        """When a new sign of life was seen."""
+        sign = self._pulse.of(rank)
+        if sign != self._signs.get(rank, (None, 0.0))[0]:
+            self._signs[rank] = (sign, time.monotonic())
+        return self._signs[rank][1]
 
 
-def _pauses() -> Iterator[None]:
-    """Wait longer and longer, up to a limit, between one look and the next."""
-    pause = _FIRST_PAUSE_S
+def _pauses(world_size: int = 1) -> Iterator[None]:
+    """Wait longer and longer between one look and the next, up to a limit that keeps many ranks from
+    asking the store more than it can answer."""
+    pause, longest = _FIRST_PAUSE_S, _LONGEST_PAUSE_S * max(1.0, world_size / 64)
     while True:
         yield None
         time.sleep(pause)
-        pause = min(pause * 1.5, _LONGEST_PAUSE_S)
+        pause = min(pause * 1.5, longest)

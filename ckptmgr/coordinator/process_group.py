@@ -5,6 +5,7 @@ Nothing here touches the training's group or NCCL: a collective there that one r
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import Counter
 from collections.abc import Sequence
@@ -35,12 +36,14 @@ class ProcessGroup:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._timeout_s = timeout_s
         _made[name] += 1
-        store = PrefixStore(f"ckptmgr/{name}/{_made[name]}", _get_default_store())
-        wires = [Wire(_own_client(store), timeout_s) for _ in range(3)]
-        self._wires, self._fate = wires, Fate(wires[0])
-        self._pulse = Pulse(wires[0], self.rank, self.world_size, timeout_s)
-        self.prompt = self._channel("prompt", wires[1], is_patient=False)
-        self.patient = self._channel("patient", wires[2], is_patient=True)
+        # A launcher may keep its store, keys and all, from one attempt to the next.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"ckptmgr/{attempt}/{name}/{_made[name]}", _get_default_store())
+        self._wire = Wire(_own_client(store), timeout_s)
+        self._fate = Fate(self._wire)
+        self._pulse = Pulse(self._wire, self.rank, self.world_size, timeout_s)
+        self.prompt = self._channel("prompt", is_patient=False)
+        self.patient = self._channel("patient", is_patient=True)
         self._group: Any = None
         self._circles: dict[str, _GlooCircle | None] = {}
         try:
@@ -49,10 +52,9 @@ class ProcessGroup:
             self.close()
             raise
 
-    def _channel(self, name: str, wire: Wire, *, is_patient: bool) -> StoreChannel:
-        return StoreChannel(
-            name, wire, self._pulse, self._fate, self.rank, self.world_size, self._timeout_s, is_patient=is_patient
-        )
+    def _channel(self, name: str, *, is_patient: bool) -> StoreChannel:
+        wire, pulse, fate = self._wire, self._pulse, self._fate
+        return StoreChannel(name, wire, pulse, fate, self.rank, self.world_size, self._timeout_s, is_patient=is_patient)
 
     @property
     def problem(self) -> str | None:
@@ -82,8 +84,7 @@ class ProcessGroup:
             for channel in (self.prompt, self.patient):
                 channel.linger(min(_LINGER_S, self._timeout_s))
         self._pulse.stop()
-        for wire in self._wires:
-            wire.close()
+        self._wire.close()
         # A group is not destroyed here: others may still be in it, and the job's end takes it along.
 
     def _own_group(self) -> Any:

@@ -6,6 +6,7 @@ its own asks, and whoever waits for the answer gives up in time.
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -26,6 +27,12 @@ class Wire:
         self._store, self._timeout_s = store, timeout_s
         self._asked: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         threading.Thread(target=_serve, args=(self._asked,), name="ckptmgr-wire", daemon=True).start()
+
+    def within(self, limit_s: float) -> Wire:
+        """The same wire, whose calls give up sooner."""
+        quick = copy.copy(self)
+        quick._timeout_s = min(limit_s, self._timeout_s)
+        return quick
 
     def put(self, key: str, data: bytes) -> None:
         """Set a key that nobody has set; whoever sees it finds all of it."""

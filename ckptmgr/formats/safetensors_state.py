@@ -14,7 +14,7 @@ import torch
 from ..errors import DamagedError, FormatVersionError
 from ..manifest import FileEntry
 from ..staging import is_dense
-from ..state.shards import is_sharded
+from ..state.shards import has_sharded, is_sharded
 from ..state.snapshot import StoredPart, StoredTensor, Tree
 from ..transfer import Segment
 from . import FileSource
@@ -55,12 +55,13 @@ class SafetensorsState:
         special: list[StoredTensor] = []
         landing = Landing()
         segments: dict[str, list[Segment]] = defaultdict(list)
+        any_sharded = has_sharded(target for target in targets.values() if target is not None)
         for stored, target in targets.items():
             name, begin, end = stored.location
             if name == SPECIAL_NAME:
                 special.append(stored)
                 continue
-            if target is not None and is_sharded(target):
+            if any_sharded and target is not None and is_sharded(target):
                 segments[name] += landing.parts(stored, target, begin)
                 continue
             sink = landing.sink(stored, target)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from ..errors import CheckpointError, ConfigError, SaveFailedError
 from .codec import encode, join, to_json
 from .names import Known, Names
-from .ranks import PerRank, is_per_rank, mark_within, unmarked
+from .ranks import PerRank, is_per_rank, mark_within, sampler_epoch, unmarked
 from .rng import generators, put_back
 from .shards import has_sharded, is_sharded, local
 from .snapshot import FlatSnapshot, RankPart, Snapshot, Tree, map_leaves
@@ -218,6 +219,8 @@ class _Asking:
                 note["versions"] = named.versions
         elif isinstance(value, Optimizer):
             note["params"] = self._names.of_groups(path, [group["params"] for group in value.param_groups])
+        elif isinstance(value, DataLoader) and (epoch := sampler_epoch(value)) is not None:
+            note["sampler_epoch"] = epoch
         return state, note
 
 

@@ -17,6 +17,7 @@ from .filling import FIRST, LOADER, OPTIMIZER, OTHER, SCHEDULER, Filling, Fittin
 from .models import fit_module, misfit
 from .optimizers import fit_optimizer
 from .plain_tags import is_unsaved
+from .ranks import sampler_epoch
 from .snapshot import Tree
 from .trees import elements, items
 
@@ -92,6 +93,12 @@ def _fit_object(fitting: Fitting, where: str, target: Any, tree: Tree, note: Map
     order = SCHEDULER if isinstance(target, LRScheduler) else LOADER if isinstance(target, DataLoader) else OTHER
 
     def fill(source: Source) -> None:
+        if (
+            order == LOADER
+            and isinstance(epoch := note.get("sampler_epoch"), int)
+            and sampler_epoch(target) is not None
+        ):
+            target.sampler.set_epoch(epoch)  # before it begins to iterate, below
         target.load_state_dict(source.decode(tree, where))
         if order == LOADER:
             # A loader draws from the global generator when it begins to iterate; asked for its state

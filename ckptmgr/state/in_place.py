@@ -49,15 +49,14 @@ class InPlace:
                 and target.is_contiguous()
                 and not target.is_neg()
             ):
-                reach = target.nbytes
+                begin, reach = target.data_ptr(), target.nbytes
             elif _is_readable_into(target):
-                reach = _reach(target)
+                begin, reach = local(target).data_ptr(), _reach(target)
             else:
                 self.make([(leaf, target)])
                 continue
             if leaf not in targets:
                 targets[leaf] = target
-                begin = local(target).data_ptr()
                 begins.append(begin)
                 ends.append(begin + reach)
             elif _is_twin(target, targets[leaf]):

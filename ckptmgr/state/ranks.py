@@ -55,6 +55,13 @@ def _is_loader(value: Any) -> bool:
     return isinstance(value, DataLoader) and callable(getattr(value, "state_dict", None))
 
 
+def sampler_epoch(loader: DataLoader[Any]) -> int | None:
+    """The epoch whose order a loader's sampler gives (`set_epoch`), which its state does not say; None where there
+    is no such number."""
+    epoch = getattr(loader.sampler, "epoch", None)
+    return epoch if isinstance(epoch, int) and callable(getattr(loader.sampler, "set_epoch", None)) else None
+
+
 def refuse_marks_within(name: str, value: Any) -> None:
     """Raises `ConfigError` for a mark within the plain containers of an entry."""
     inside, seen = [value], set[int]()

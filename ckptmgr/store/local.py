@@ -225,10 +225,10 @@ class LocalStore:
     def _in_folder(self, folder: Path, act: Callable[[], _T]) -> _T:
         """Make the folder and act in it."""
         for _ in range(3):
-            self._make(folder)
             with suppress(FileNotFoundError):
+                self._make(folder)
                 return act()
-            self._durable.clear()  # the folder went since: another thread or process emptied it
+            self._durable.clear()  # the folder, or one that it is in, went since: another thread or process emptied it
         self._make(folder)
         return act()
 

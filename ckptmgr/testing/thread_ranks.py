@@ -135,7 +135,7 @@ class _Job:
     """What the ranks share."""
 
     def __init__(self, world_size: int, timeout_s: float) -> None:
-        from torch.distributed import HashStore
+        from torch.distributed import HashStore  # type: ignore[attr-defined]
 
         self.world_size, self.timeout_s = world_size, timeout_s
         self.store = HashStore()
