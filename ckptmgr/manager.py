@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .background import Pending, Worker
 from .catalog import Catalog
 from .config import CheckpointConfig, load_config
-from .coordinator import Coordinator, Solo, find_coordinator
-from .errors import AlreadyExistsError, CheckpointError, ConfigError, CoordinationError, DamagedError
+from .coordinator import Coordinator
+from .errors import AlreadyExistsError, CheckpointError, ConfigError, CoordinationError
+from .job import Job
 from .joint_schedule import JointSchedule
 from .manifest import digest
 from .records import checked_tag
@@ -82,7 +82,7 @@ class CheckpointManager(Catalog):
             store = open_store(self.config.root, self.config.storage.options, fsync=self.config.fsync)
         super().__init__(Run(store, self.config, takeover=takeover, read_only=read_only), self.config)
         self._saver = Saver(self._run, self.config)
-        self._ranks: Coordinator | None = None  # until the first call that all ranks make
+        self._job = Job(digest(store.url.encode())[:16], self.config.ranks.timeout.total_seconds())
         tolerate = self.config.max_failures if self.config.on_error == "warn" else 0
         self._worker = Worker(tolerate=tolerate)
         self._fresh, self._read_only = fresh, read_only
@@ -122,7 +122,8 @@ class CheckpointManager(Catalog):
             return None
         if self._is_closed:
             self._settle()  # which says so
-        ranks = self._in_step()
+        ranks = self._join()
+        self._job.check()
         self._schedule.calm()  # before the look at failures: one that comes later alerts again
         if self._schedule.listen():
             self._worker.wait()
@@ -137,7 +138,7 @@ class CheckpointManager(Catalog):
     def _save_if_free(self, state: State, request: Request) -> Pending | None:
         """Save what is due, unless it is there already or nobody is to wait for the save before it."""
         what = f"a save that is due, step {request.step}"
-        answer = self._ranks_now.prompt.exchange(what, lambda: None, lambda _: self._judge(request))
+        answer = self._job.for_save().prompt.exchange(what, lambda: None, lambda _: self._judge(request))
         if answer == "there":
             self._note_saved(request)  # this very step is there, or on its way
             return None
@@ -182,8 +183,7 @@ class CheckpointManager(Catalog):
         replaces = self.config.overwrite if overwrite is None else overwrite
         request = self._request(step, epoch, metrics, overwrite=replaces)
         request = replace(request, reason="save()", tags=tuple(map(checked_tag, tags)), pin=pin)
-        self._join()
-        if self._ranks_now.world_size == 1:
+        if self._join().world_size == 1:
             self._worker.raise_failure()
         return self._save(state, request)
 
@@ -208,7 +208,7 @@ class CheckpointManager(Catalog):
     def poll(self) -> bool:
         """For loops that do not save, such as evaluation: answers `should_stop`. Never blocks.
         Raises what a background save failed with."""
-        if self._ranks is None or self._ranks.world_size == 1:
+        if self._job.is_alone:
             self._worker.raise_failure()  # of several ranks all are told at the same `maybe_save`
         return self.should_stop
 
@@ -229,8 +229,8 @@ class CheckpointManager(Catalog):
             return
         earlier: CheckpointError | None = None
         try:
-            is_lost = self._ranks is not None and self._ranks.problem is not None  # of which the caller knows
             try:
+                is_lost = self._job.is_lost  # of which the caller knows
                 is_asked = self._schedule.is_asked if is_lost else self._schedule.agree_is_asked()
             except CoordinationError as exc:
                 is_asked, earlier = self._schedule.is_asked, exc
@@ -238,7 +238,7 @@ class CheckpointManager(Catalog):
                 self.wait(timeout)
             except CheckpointError as exc:
                 earlier = earlier or exc
-            is_asked = (is_asked or self.config.save.on_close) and not self._is_left_out
+            is_asked = (is_asked or self.config.save.on_close) and not self._job.is_left_out
             if is_asked and (call := self._last_call) is not None and not self._read_only:
                 self._save_if_free(call[0], replace(self._request(*call[1:]), reason="close()"))
             self.wait(timeout)
@@ -277,8 +277,7 @@ class CheckpointManager(Catalog):
             self._signals.uninstall()
             self._worker.close()
             self._saver.close()
-            if self._ranks is not None:
-                self._ranks.close()
+            self._job.close()
         finally:
             # Interrupted here, the save goes on, and so does its hold on the root until the process ends.
             if not self._worker.is_busy:
@@ -330,7 +329,8 @@ class CheckpointManager(Catalog):
         map_location: str | torch.device,
     ) -> Resumed:
         self._last_call = None  # it spoke of a state that is about to be replaced
-        ranks = self._in_step()
+        ranks = self._join()
+        self._job.check()
         restart = Restart(self._run, self.config, ranks, read_only=self._read_only, fresh=self._fresh)
         info, resumed = restart.resume(targets, step, strict, skip, map_location)
         self._fresh, self._is_begun = False, not self._read_only
@@ -354,52 +354,29 @@ class CheckpointManager(Catalog):
     def delete(self, step: int | str) -> None:
         """Delete one checkpoint, whatever the keep rules say. Every rank calls it. Raises `ConfigError` when it
         is pinned, or when there are several of that step: name the folder then."""
-        self._on_rank_0("delete", lambda: self._delete(step))
-
-    def _delete(self, step: int | str) -> None:
-        self._run.hold()
-        infos = self._run.infos()
-        info = self._run.find(step, infos)
-        if len(meant := self._run.repository.find_all(step, infos)) > 1:
-            names = ", ".join(one.name for one in meant)
-            raise ConfigError(f"{step} in {self._run.url} is several checkpoints: {names}; delete one by its name")
-        if any(pin.holds(datetime.now(UTC)) for pin in info.pins):
-            raise ConfigError(f"step {info.step} in {self._run.url} is pinned; unpin({info.step}) first")
-        self._run.drop(info)
+        self._on_rank_0("delete", lambda: self._run.delete(step))
 
     def prune(self, *, dry_run: bool = False) -> Plan:
         """What the keep rules say of each checkpoint, carried out unless `dry_run`. Blocks. Every rank calls
         it, unless `dry_run`."""
         if dry_run:
             return self._run.plan()
-        return self._on_rank_0("prune", self._prune)
-
-    def _prune(self) -> Plan:
-        self._run.hold()
-        return self._run.retain()
+        return self._on_rank_0("prune", self._run.retain)
 
     def rewind(self, step: int | str) -> None:
         """Archive every checkpoint newer than this one and go on from it; call `resume` to load it.
         The archived data stays until `ckptmgr prune --archived`. Every rank calls it. Raises
         `DamagedError`, with nothing changed, when this one can't be gone on from."""
-        found, epoch = self._on_rank_0("rewind", lambda: self._rewind(step))
+        info = self._on_rank_0("rewind", lambda: self._run.rewind(step))
         self._last_call = None
-        self._schedule.saved(found, epoch)
-
-    def _rewind(self, step: int | str) -> tuple[int, int | None]:
-        self._run.hold()
-        listing = self._run.listing()
-        info = self._run.find(step, self._run.infos(listing))
-        if info.damaged is not None or info.manifest is None:
-            raise DamagedError(f"step {info.step} in {self._run.url} is damaged: {info.damaged}; rewind to another")
-        self._run.repository.open(info)
-        self._run.go_on_from(info, listing)
-        return info.step, info.manifest.epoch
+        self._schedule.saved(info.step, info.manifest.epoch if info.manifest else None)
 
     def _on_rank_0(self, what: str, make: Callable[[], T]) -> T:
         """What rank 0 makes of the root while no save is in flight. Blocks."""
         self._settle()
-        return self._in_step().prompt.exchange(what, lambda: None, lambda _: make())
+        ranks = self._join()
+        self._job.check()
+        return ranks.prompt.exchange(what, lambda: None, lambda _: make())
 
     # One save
 
@@ -418,7 +395,8 @@ class CheckpointManager(Catalog):
 
     def _save(self, state: State, request: Request) -> Pending:
         self._settle()
-        ranks = self._ranks_now
+        self._join()
+        ranks = self._job.for_save()
         if not self._is_begun:
             ranks.prompt.exchange("the first save", lambda: None, lambda _: self._begin())
             self._is_begun = True
@@ -451,34 +429,14 @@ class CheckpointManager(Catalog):
 
     def _join(self) -> Coordinator:
         """The ranks of this job; the first call finds them, so every rank has to make it. Blocks."""
-        if self._ranks is None:
-            timeout_s = self.config.ranks.timeout.total_seconds()
-            self._ranks = find_coordinator(digest(self._run.url.encode())[:16], timeout_s)
-            if self._ranks.world_size > 1:
-                self._schedule = JointSchedule(
-                    self._schedule, self._ranks, takes_requests=self.config.save.on_file is not None
-                )
-            if self._request_file is not None and not self._ranks.rank:
+        is_known, ranks = self._job.is_known, self._job.ranks()
+        if not is_known:
+            has_file = self._request_file is not None
+            if ranks.world_size > 1:
+                self._schedule = JointSchedule(self._schedule, ranks, takes_requests=has_file)
+            if self._request_file is not None and not ranks.rank:
                 self._request_file.start()
-        return self._ranks
-
-    def _in_step(self) -> Coordinator:
-        """The ranks, when they still answer. Raises `CoordinationError`."""
-        ranks = self._join()
-        if ranks.problem is not None:
-            raise CoordinationError(f"{ranks.problem} (the ranks are not asked any more: restart the job to go on)")
         return ranks
-
-    @property
-    def _is_left_out(self) -> bool:
-        """Whether the ranks have lost each other, and this is not the one that can still save alone."""
-        return self._ranks is not None and self._ranks.problem is not None and self._ranks.rank > 0
-
-    @property
-    def _ranks_now(self) -> Coordinator:
-        """Those that take part in a save: after the ranks have lost each other rank 0 alone, in an emergency."""
-        ranks = self._join()
-        return ranks if ranks.problem is None or self._is_left_out else Solo()
 
     def _note_saved(self, request: Request, heard: tuple[int, int] | None = None) -> None:
         self._schedule.saved(request.step, request.epoch, heard)

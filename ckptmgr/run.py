@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from itertools import takewhile
 
 from .config import CheckpointConfig
-from .errors import AlreadyExistsError, CheckpointError, ConfigError, NotFoundError
+from .errors import AlreadyExistsError, CheckpointError, ConfigError, DamagedError, NotFoundError
 from .listing import Listing
 from .lock import WriterLock, acquire, last_writer
 from .manifest import CheckpointInfo, NameTemplate, Pin
@@ -234,7 +234,8 @@ class Run:
             _log.warning("retention.failed step=%d url=%s cause=%s", info.step, self.url, exc)
 
     def retain(self) -> Plan:
-        """Carry out what the keep rules say of what is in the root now."""
+        """Become the writer, and carry out what the keep rules say of what is in the root now."""
+        self.hold()
         self._known = None
         made = self._judge()
         self._carry_out(made)
@@ -286,6 +287,31 @@ class Run:
         if self.repository.pointer() in {info.name for info in infos}:
             newest = next((other for other in self.newest_first() if other.damaged is None), None)
             self.repository.point(None if newest is None else newest.name)
+
+    # What people ask for
+
+    def delete(self, step: int | str) -> None:
+        """Delete one checkpoint. Raises `ConfigError` when it is pinned, or one of several of that step."""
+        self.hold()
+        infos = self.infos()
+        info = self.find(step, infos)
+        if len(meant := self.repository.find_all(step, infos)) > 1:
+            names = ", ".join(one.name for one in meant)
+            raise ConfigError(f"{step} in {self.url} is several checkpoints: {names}; delete one by its name")
+        if any(pin.holds(datetime.now(UTC)) for pin in info.pins):
+            raise ConfigError(f"step {info.step} in {self.url} is pinned; unpin({info.step}) first")
+        self.drop(info)
+
+    def rewind(self, step: int | str) -> CheckpointInfo:
+        """Archive what is newer than this one and go on from it. Raises `DamagedError`, with nothing changed."""
+        self.hold()
+        listing = self.listing()
+        info = self.find(step, self.infos(listing))
+        if info.damaged is not None or info.manifest is None:
+            raise DamagedError(f"step {info.step} in {self.url} is damaged: {info.damaged}; rewind to another")
+        self.repository.open(info)
+        self.go_on_from(info, listing)
+        return info
 
     def release(self) -> None:
         if self._lock is not None:

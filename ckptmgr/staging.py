@@ -192,11 +192,6 @@ def dense_stride(tensor: torch.Tensor) -> tuple[int, ...]:
     return tensor.stride()
 
 
-def host_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where it is contiguous in host memory, else a contiguous copy there."""
-    return tensor.detach().cpu().contiguous().resolve_conj().resolve_neg()
-
-
 def compact(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where it is in host memory and fills its storage, else a copy that does."""
     if tensor.device.type != "cpu":

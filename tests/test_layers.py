@@ -39,6 +39,7 @@ LAYERS = [
         "committing",
         "copying",
         "direct",
+        "job",
         "request",
         "restart",
         "resumption",
