@@ -334,11 +334,12 @@ class CheckpointManager(Catalog):
         restart = Restart(self._run, self.config, ranks, read_only=self._read_only, fresh=self._fresh)
         info, resumed = restart.resume(targets, step, strict, skip, map_location)
         self._fresh, self._is_begun = False, not self._read_only
-        size = expected_bytes(targets)
-        if info is not None:
+        if info is None or info.manifest is None:
+            size = expected_bytes(targets)
+        else:
             self._saver.goes_on_from(info)
             self._schedule.saved(info.step, resumed.epoch)
-            size = info.manifest.size if info.manifest else 0
+            size = info.manifest.size
         if not self._read_only:
             self._saver.expect(size, targets, ranks)  # last: it takes the memory's speed
         return resumed
