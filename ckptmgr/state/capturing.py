@@ -134,6 +134,8 @@ def class_name(value: Any) -> str:
 def holds_sharded(objects: Mapping[str, Any]) -> bool:
     """Whether tensors among the objects are sharded over ranks: parameters of modules and optimizers, and
     those that stand in the mapping or its lists and dicts themselves."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False  # without a mesh there are none, and there may be 100,000 to look at
 
     def tensors(value: Any) -> Iterator[torch.Tensor]:
         if isinstance(value, torch.Tensor):
