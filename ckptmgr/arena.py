@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .memory import address, available, buffer, move, move_small
-from .staging import Part, Region, dense_stride, is_dense, is_plain_host, is_special, like, own_copy
+from .staging import Part, Region, dense_stride, is_dense, is_plain_host, is_special, like, own_copy, raw
 from .state.snapshot import FlatSnapshot
 from .store import BLOCK
 
@@ -186,7 +186,10 @@ class _Program:
             pass
         with torch.no_grad():
             for number, view in self._views:
-                view.copy_(flat.tensors[number])
+                if view.data_ptr() % view.itemsize:  # torch's own copy may end the process there
+                    raw(view).copy_(raw(flat.tensors[number].resolve_conj().resolve_neg().contiguous()))
+                else:
+                    view.copy_(flat.tensors[number])
 
     def tensor(self, number: int, memory: memoryview) -> torch.Tensor:
         """A tensor of a region that keeps strides, in the arena."""

@@ -224,9 +224,13 @@ class Ranks:
         if self._torchrun is not None:
             self._torchrun.kill()
             self._torchrun.wait()
+            killed: set[int] = set()
             while left := self._torchrun_processes():
+                killed.update(left)
                 for pid in left:
                     _kill(pid)
+            while any(map(_is_ending, killed)):  # one that ends has no variables any more
+                time.sleep(_LOOKS_S)
 
     def __enter__(self) -> Ranks:
         return self
@@ -406,6 +410,14 @@ def _variables(pid: int) -> bytes:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:  # gone, or not ours; a zombie has none
         return b""
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether a killed process is still there, and no zombie yet."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 def _kill(pid: int) -> None:

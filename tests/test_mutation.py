@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,3 +153,22 @@ def test_what_training_does_next_is_not_in_the_checkpoint(format: str, state: di
             store.gate.set()
             mgr.wait()
             assert equal(saved, mgr.load(step))
+
+
+@pytest.mark.parametrize("length", [1, 9, 17])
+def test_numbers_may_lie_in_a_file_where_the_processor_does_not_want_them(length: int, tmp_path: Path) -> None:
+    """Sixteen-byte numbers, of which files align eight bytes: torch's own copies end the process there. How long
+    the names are moves what comes behind the header."""
+    numbers = torch.arange(48, dtype=torch.float64).to(torch.complex128).view(16, 3)
+    strided, lazy = "s" * length, "l" * length
+    state = {"m": {strided: numbers[:6:2], lazy: numbers.conj().t()}}
+    with CheckpointManager(str(tmp_path)) as mgr:
+        mgr.save(state, 1)
+        mgr.wait()
+        loaded = {"m": {strided: torch.zeros(6, 3).to(torch.complex128)[::2]}}
+        loaded["m"][lazy] = torch.zeros(16, 3, dtype=torch.complex128).t()
+        mgr.resume(**loaded)
+        mapped = mgr.load(mmap=True)
+    for found in (loaded, mapped):
+        assert equal({"m": dict(found["m"])}, state)
+        assert (found["m"][strided] * 2).sum() == (state["m"][strided] * 2).sum()

@@ -48,7 +48,7 @@ def pour(target: torch.Tensor, begin: int, data: memoryview) -> None:
             whole_rows = (len(data) - done) // row
             if inside == 0 and whole_rows:
                 count = whole_rows * row
-                rows = as_bytes(data[done : done + count]).view(target.dtype).view(whole_rows, *target.shape[1:])
+                rows = as_numbers(data[done : done + count], target.dtype).view(whole_rows, *target.shape[1:])
                 target[number : number + whole_rows].copy_(rows)
             else:
                 count = min(row - inside, len(data) - done)
@@ -59,6 +59,13 @@ def pour(target: torch.Tensor, begin: int, data: memoryview) -> None:
 def as_bytes(data: memoryview) -> torch.Tensor:
     """The same memory as a tensor; a copy of what may not be written, which torch has no tensor for."""
     return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
+
+
+def as_numbers(data: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    """The same memory as a tensor of numbers; a copy where they do not lie as the processor wants them, on which
+    torch may end the process."""
+    found = as_bytes(data)
+    return (found.clone() if found.data_ptr() % dtype.itemsize else found).view(dtype)
 
 
 def pour_box(target: torch.Tensor, shape: Sequence[int], offsets: Sequence[int], begin: int, data: memoryview) -> None:
@@ -78,7 +85,7 @@ def pour_box(target: torch.Tensor, shape: Sequence[int], offsets: Sequence[int],
             lower, upper = max(number, low), min(number + rows, high)
             if lower < upper:
                 part = data[done + (lower - number) * row : done + (upper - number) * row]
-                found = as_bytes(part).view(target.dtype).view(upper - lower, *shape[1:])
+                found = as_numbers(part, target.dtype).view(upper - lower, *shape[1:])
                 for dim, (offset, length) in enumerate(zip(offsets[1:], target.shape[1:], strict=True), 1):
                     found = found.narrow(dim, offset, length)
                 target[lower - low : upper - low].copy_(found)

@@ -34,6 +34,8 @@ class MappedFiles:
         if name not in self._maps:
             self._maps[name] = self._map(self._files[name])
         own = torch.frombuffer(self._maps[name], dtype=torch.uint8, count=end - begin, offset=begin)
+        if own.data_ptr() % stored.dtype.itemsize:  # complex128, which files align to 8 bytes only
+            own = own.clone()
         return own.view(stored.dtype).view(stored.shape)
 
     def _map(self, entry: FileEntry) -> mmap.mmap:
