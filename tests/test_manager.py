@@ -1094,3 +1094,21 @@ def test_a_state_that_does_not_fit_twice_is_saved_while_training_waits_with_one_
         assert [pending.in_background for pending in pendings] == [False, False]
         assert caplog.text.count("training waits for the whole save") == 1
         assert manager.load(2)["w"].unique().tolist() == [2]
+
+
+@pytest.mark.parametrize(("grace", "in_background"), [("1h", True), ("0.000001s", False), (None, True)])
+def test_a_save_that_does_not_fit_before_the_end_is_written_without_a_copy_and_says_so(
+    open_manager: Callable[..., CheckpointManager],
+    caplog: pytest.LogCaptureFixture,
+    grace: str | None,
+    in_background: bool,
+) -> None:
+    manager = open_manager(save={"grace": grace}, background=True)
+    manager.save(state(), 1).wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    pending = manager.maybe_save(state(7), 2)
+    assert pending is not None
+    assert (manager.should_stop, pending.in_background) == (True, in_background)
+    assert ("save.hurry: the last save took" in caplog.text) is not in_background
+    manager.close()
+    assert manager.load(2)["x"][0] == 7
