@@ -8,6 +8,7 @@ as the test process; with pytest-xdist every worker has its own.
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,10 @@ os.environ.update(
     NO_PROXY="127.0.0.1",
     no_proxy="127.0.0.1",
 )
+
+# A shell that starts the tests in the background has them, and whatever they start, ignore an interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from servers import Bucket  # noqa: E402 (the variables come first)
 
