@@ -17,6 +17,7 @@ from .errors import (
     SaveFailedError,
     StateMismatchError,
     StoreError,
+    StoreFullError,
 )
 
 __version__ = "0.1.0"
@@ -110,6 +111,7 @@ __all__ = [
     "FormatVersionError",
     "StateMismatchError",
     "StoreError",
+    "StoreFullError",
     "FencedError",
     "SaveFailedError",
     "CoordinationError",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from . import priority
 from .errors import CheckpointError, FencedError
@@ -13,15 +15,23 @@ from .manifest import CheckpointInfo
 _log = logging.getLogger("ckptmgr.save")
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A save that ended without a checkpoint and without an error, and why."""
+
+    why: str
+
+
 class Pending:
     """A save that has not committed yet, or how it ended.
 
     `step` is its step; `url` the checkpoint's once committed, else None; `error` what it failed
-    with, else None; `in_background` says whether training goes on meanwhile. An error is raised
+    with, else None; `skipped` why there is no checkpoint although nothing failed (`on_full: skip`), else
+    None; `in_background` says whether training goes on meanwhile. An error is raised
     once: by `wait`, or else by the manager's next call.
     """
 
-    def __init__(self, step: int, root: str, future: Future[CheckpointInfo], *, in_background: bool) -> None:
+    def __init__(self, step: int, root: str, future: Future[Ended], *, in_background: bool) -> None:
         self.step, self.in_background = step, in_background
         self._root = root
         self._future = future
@@ -32,7 +42,7 @@ class Pending:
         return self._future.done()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Block until it is committed and durable; `timeout` in seconds.
+        """Block until it is committed and durable, or left out (`skipped`); `timeout` in seconds.
 
         Raises what the save failed with (`SaveFailedError`, `FencedError`, `AlreadyExistsError`),
         or `TimeoutError` while it is still running.
@@ -50,9 +60,17 @@ class Pending:
 
     @property
     def url(self) -> str | None:
-        if not self.done() or self._future.exception() is not None:
-            return None
-        return f"{self._root}/{self._future.result().name}"
+        ended = self._ended
+        return f"{self._root}/{ended.name}" if isinstance(ended, CheckpointInfo) else None
+
+    @property
+    def skipped(self) -> str | None:
+        ended = self._ended
+        return ended.why if isinstance(ended, LeftOut) else None
+
+    @property
+    def _ended(self) -> Ended | None:
+        return self._future.result() if self.done() and self._future.exception() is None else None
 
     @property
     def error(self) -> CheckpointError | None:
@@ -75,7 +93,10 @@ class Pending:
     def __repr__(self) -> str:
         if not self.done():
             return f"<Pending step {self.step}: saving>"
-        return f"<Pending step {self.step}: {self.error or self.url}>"
+        return f"<Pending step {self.step}: {self.error or self.url or self.skipped}>"
+
+
+Ended: TypeAlias = CheckpointInfo | LeftOut
 
 
 class Worker:
@@ -95,7 +116,7 @@ class Worker:
         self,
         step: int,
         root: str,
-        save: Callable[[], CheckpointInfo],
+        save: Callable[[], Ended],
         after: Callable[[], None],
         *,
         in_background: bool,
@@ -109,7 +130,7 @@ class Worker:
         assert self.pending is not None
         return self.pending
 
-    def _queued(self, step: int, root: str, save: Callable[[], CheckpointInfo]) -> Future[CheckpointInfo] | None:
+    def _queued(self, step: int, root: str, save: Callable[[], Ended]) -> Future[Ended] | None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "ckptmgr-save", priority.lower)
         try:
@@ -168,9 +189,9 @@ class Worker:
             self._pool.shutdown()
 
 
-def _made(save: Callable[[], CheckpointInfo]) -> Future[CheckpointInfo]:
+def _made(save: Callable[[], Ended]) -> Future[Ended]:
     """A save made at once."""
-    future: Future[CheckpointInfo] = Future()
+    future: Future[Ended] = Future()
     try:
         future.set_result(save())
     except Exception as exc:  # noqa: BLE001 - carried to the caller by the Pending, like a thread's

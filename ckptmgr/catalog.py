@@ -11,6 +11,7 @@ from .config import CheckpointConfig
 from .errors import ConfigError, DamagedError, NotFoundError
 from .manifest import CheckpointInfo
 from .quantities import parse_duration
+from .reading import again, check_there, pinned, read_first
 from .resumption import Reader
 from .run import Run
 from .source import Problem
@@ -52,8 +53,19 @@ class Catalog:
         return next((info for info in self._run.newest_first() if info.damaged is None), None)
 
     def verify(self, step: int | str = "latest", level: str = "full") -> list[Problem]:
-        """What is wrong with a checkpoint's files: `size` compares sizes, `full` reads every byte. Blocks."""
-        return self._run.repository.verify(self.info(step), level)
+        """What is wrong with a checkpoint's files: `size` compares sizes, `full` reads every byte. Blocks.
+        One that is deleted meanwhile is not damaged, and looked for again: a number is then a `NotFoundError`."""
+        repository = self._run.repository
+
+        def look(turn: int) -> list[Problem]:
+            info = self.info(step)
+            with pinned(repository, info, turn):
+                problems = repository.verify(info, level)
+            if problems:
+                check_there(repository, info)
+            return problems
+
+        return again(look)
 
     def load(
         self,
@@ -69,24 +81,34 @@ class Catalog:
         entries wanted. Blocks; needs no lock and changes nothing. For "latest", damaged ones are
         passed over with a warning. Raises `NotFoundError`, `DamagedError`, `StateMismatchError`.
 
+        A writer may delete checkpoints all the while: of one that goes while it is read no part is returned, and it
+        counts as deleted, not as damaged. It is then looked for again (for "latest" and "best" that is a newer one; a
+        number is a `NotFoundError`), and pinned for as long as it is read where the root can be written to.
+
         With `mmap` the tensors are private mappings of the checkpoint's files: nothing is read before
         it is touched, processes share what they only read, and what is written stays out of the file.
         They stay usable when the checkpoint is deleted, but on Windows, which refuses to delete it.
         Sizes are compared, digests only with `verify.on_resume: full`. Raises `ConfigError` for what
         can't be mapped: a remote root, another format than safetensors, another `map_location`.
         """
-        failures: list[DamagedError] = []
-        for info in self._run.newest_first() if step == "latest" else [self.info(step)]:
-            try:
-                return self._reader.load(info, only, map_location, mmap)
-            except DamagedError as exc:
-                failures.append(exc)
-                _log.warning("load.skip.damaged step=%d url=%s/%s cause=%s", info.step, self._run.url, info.name, exc)
-        raise failures[0] if failures else NotFoundError(f"no checkpoint in {self._run.url}; steps there: none")
+
+        def skip(info: CheckpointInfo, exc: DamagedError) -> None:
+            _log.warning("load.skip.damaged step=%d url=%s/%s cause=%s", info.step, self._run.url, info.name, exc)
+
+        state = read_first(
+            self._run.repository,
+            lambda: self._run.newest_first() if step == "latest" else [self.info(step)],
+            lambda info: self._reader.load(info, only, map_location, mmap),
+            skip,
+        )
+        if state is None:
+            raise NotFoundError(f"no checkpoint in {self._run.url}; steps there: none")
+        return state
 
     def pin(self, step: int | str, tag: str | None = None, ttl: timedelta | str | float | None = None) -> None:
         """Keep a checkpoint from every keep rule, for ever or for `ttl` ("7d", or seconds). Needs no
-        lock; a reader may pin what it reads. Raises `ConfigError`, `NotFoundError`."""
+        lock; a reader may pin what it reads. At return it holds against any writer, whose clock may be another;
+        one that was being deleted at this moment is a `NotFoundError`. Raises `ConfigError`, `DamagedError`."""
         try:
             expires = None if ttl is None else datetime.now(UTC) + parse_duration(ttl)
         except ValueError as exc:

@@ -7,20 +7,23 @@ here keeps digests or old versions: that is what `CheckpointManager` is for.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from .errors import CheckpointError, ConfigError, NotFoundError, StoreError
+from .errors import CheckpointError, ConfigError, DamagedError, NotFoundError, StoreError
 from .manifest import FileEntry
+from .memory import enough
 from .ranged import RangedFile
 from .scatter import Wanted, scatter
 from .store import Reader, Store, Writer, open_store
 from .store.arguments import as_bytes
-from .store.local import LocalStore
+from .store.local_reader import LocalReader
 from .transfer import Segment, write_files
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["load_file", "reader", "safe_open", "save_file", "writer"]
 
+# A FIFO in a file's place must not block us.
+_OPEN_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 _BLOCK = 8 << 20  # bytes; small writes are gathered up to this, small reads read this far ahead
 _LARGEST_READ = 64 << 20  # bytes asked of a remote store at a time
 
@@ -104,10 +109,15 @@ def load_file(
     raw, size = _open_raw(store, key)
 
     def fetch(segments: Sequence[Segment]) -> None:
-        wanted = Wanted(FileEntry(key, size, ""), _where(store, key), lambda: _reader(store, key), segments)
-        scatter([wanted], digests=False, is_remote=store.path is None)
+        wanted = Wanted(FileEntry(key, size, ""), _where(store, key), lambda: _reader(store, key, raw), segments)
+        try:
+            scatter([wanted], digests=False, is_remote=store.path is None)
+        except DamagedError as exc:
+            if isinstance(exc.__cause__, NotFoundError):
+                raise NotFoundError(f"{_where(store, key)} was deleted while it was read") from exc
+            raise
 
-    with raw:
+    with raw, enough(f"load {_where(store, key)}"):
         return SafetensorsReader(cast(BinaryIO, raw), size, _where(store, key), device).get_tensors(fetch)
 
 
@@ -159,20 +169,26 @@ def _open_raw(store: Store, key: str) -> tuple[io.RawIOBase, int]:
     return _RangeFile(store, key, entry.size), entry.size
 
 
-def _reader(store: Store, key: str) -> Reader:
-    if store.path is not None:
-        path = (store.path / key).resolve()  # where `_open_local` found it
-        return LocalStore(path.parent).reader(path.name)
-    return store.reader(key)
+def _reader(store: Store, key: str, opened: io.RawIOBase) -> Reader:
+    if store.path is None:
+        return store.reader(key)
+    return LocalReader(os.dup(opened.fileno()), (store.path / key).resolve())  # whatever has the name by now
 
 
 def _open_local(path: Path) -> tuple[io.RawIOBase, int]:
     """Unlike a store, this follows symbolic links: the file is the user's own."""
     try:
-        file = path.open("rb", buffering=0)
-        return file, os.fstat(file.fileno()).st_size
+        fd = os.open(path, os.O_RDONLY | _OPEN_FLAGS)
+        file = os.fdopen(fd, "rb", buffering=0)
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            file.close()
+            raise StoreError(f"can't open {path}: it is no plain file", errno.EINVAL)
+        return file, found.st_size
     except FileNotFoundError as exc:
         raise NotFoundError(f"there is no file {path}") from exc
+    except StoreError:
+        raise
     except OSError as exc:
         raise StoreError(f"can't open {path}: {exc.strerror}", exc.errno) from exc
 

@@ -10,17 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import xxhash
 
 from .errors import AlreadyExistsError, CheckpointError, ConfigError, DamagedError, NotFoundError, StoreError
-from .manifest import MANIFEST_NAME, PIECE_SIZE, CheckpointInfo, FileEntry, Manifest, Pin, checked_name
+from .listing import is_committed
+from .manifest import (
+    MANIFEST_NAME,
+    PIECE_SIZE,
+    CheckpointInfo,
+    FileEntry,
+    Manifest,
+    Pin,
+    checked_name,
+)
 from .pins import Pins, pin_key
+from .room import check_room
 from .source import Source
 from .store import DRAFTS, Store, Writer
+from .store.disk import edge, sync_folder
+from .store.leftovers import remove_unfinished
 from .transfer import Body, write_files
 
 if TYPE_CHECKING:
@@ -67,8 +79,14 @@ class Draft:
         self._folder = self._record if rename else name
         self._prefix = "" if rename else f"{nonce}/"
         self._files: dict[str, FileEntry] = {}
+        self.needed = 0  # the most bytes for which room was found to be needed
         if not rename and not is_begun:
-            store.put(self._record, b"")  # so that a sweep finds the data if this process dies
+            try:
+                store.put(self._record, b"")  # so that a sweep finds the data if this process dies
+            except StoreError:
+                with suppress(CheckpointError):  # it may be there all the same
+                    store.delete([self._record])
+                raise
 
     @contextmanager
     def create(self, name: str) -> Iterator[DraftFile]:
@@ -84,8 +102,14 @@ class Draft:
             raise
         self._files[name] = file.entry(own)
 
+    def check_room(self, sizes: Iterable[int]) -> None:
+        """Raises `StoreFullError` when files of these sizes in bytes do not fit, where that can be told ahead."""
+        self.needed = max(self.needed, check_room(self._store, self.name, sizes))
+
     def write(self, bodies: Mapping[str, Body]) -> None:
-        """New files of the checkpoint, complete at return; blocks. When it raises, the draft is to be aborted."""
+        """New files of the checkpoint, complete at return; blocks. When it raises, the draft is to be aborted:
+        `StoreFullError` before the first byte where they do not fit."""
+        self.check_room(body.size for body in bodies.values())
         own = {self._own_name(name): name for name in bodies}
         entries = write_files(
             {each: bodies[name] for each, name in own.items()},
@@ -180,7 +204,7 @@ class Draft:
 
 
 def create_manifest(store: Store, name: str, key: str, data: bytes) -> None:
-    """The commit on an object store. An error says nothing of whether the object was written
+    """The commit in manifest mode. An error says nothing of whether the object was written
     (the answer may have been lost), so it is read back: our bytes, with our nonce, mean yes."""
     for last in (False, True):
         try:
@@ -188,7 +212,7 @@ def create_manifest(store: Store, name: str, key: str, data: bytes) -> None:
             return
         except (AlreadyExistsError, StoreError) as exc:
             try:
-                found = store.get(key)
+                found = store.get(key, 0, len(data) + 1)
             except NotFoundError:
                 if last or isinstance(exc, AlreadyExistsError):
                     raise exc from None
@@ -197,6 +221,8 @@ def create_manifest(store: Store, name: str, key: str, data: bytes) -> None:
                 raise AlreadyExistsError(
                     f"{store.url}/{name} was committed by another writer; nothing of it was changed"
                 ) from exc
+            if store.path is not None:
+                store.put(key, data)  # the same again: the disk's error may mean that it is not durable
             return
 
 
@@ -213,15 +239,19 @@ def readable(manifest: Manifest) -> bytes:
     return data
 
 
-def discard(store: Store, name: str, nonce: str) -> None:
-    """Remove a draft in either mode with its pin, unless it became a checkpoint after all.
+def discard(store: Store, name: str, nonce: str) -> bool:
+    """Remove a draft in either mode with its pin, unless it became a checkpoint after all: whether it did.
 
     Raises `DamagedError` or `FormatVersionError`, and leaves all in place, where that can't be told."""
-    record = f"{DRAFTS}/{name}.{nonce}"
-    try:
-        committed = Manifest.from_json(store.get(f"{name}/{MANIFEST_NAME}")).nonce == nonce
-    except NotFoundError:
-        committed = False
-    if not committed:
+    is_checkpoint = is_committed(store, name, nonce)
+    if store.path is not None:
+        folder = store.path / name
+        if is_checkpoint:
+            with edge("make durable", folder):
+                sync_folder(folder)  # its writer may have died before it did, and others go for this checkpoint
+        remove_unfinished(folder)  # a manifest that was being written
+    if not is_checkpoint:
         store.delete([f"{name}/{nonce}/", pin_key(name, nonce)])
+    record = f"{DRAFTS}/{name}.{nonce}"
     store.delete([f"{record}/", record])  # a folder in rename mode, an object in manifest mode; last, as it leads here
+    return is_checkpoint

@@ -13,6 +13,7 @@ __all__ = [
     "ConfigError",
     "CoordinationError",
     "DamagedError",
+    "DeletedMeanwhileError",
     "FencedError",
     "FormatVersionError",
     "NotFoundError",
@@ -20,6 +21,7 @@ __all__ = [
     "SaveFailedError",
     "StateMismatchError",
     "StoreError",
+    "StoreFullError",
 ]
 
 
@@ -48,6 +50,10 @@ class NotFoundError(CheckpointError, FileNotFoundError):
     """The step, tag, file or root asked for does not exist. Never means that the store was down."""
 
 
+class DeletedMeanwhileError(NotFoundError):
+    """A checkpoint was there and went while it was read: by its writer's keep rules, or by a person."""
+
+
 class AlreadyExistsError(CheckpointError, FileExistsError):
     """Something is already there and would have been overwritten."""
 
@@ -72,6 +78,20 @@ class StoreError(CheckpointError, OSError):
     def __init__(self, message: str, errno: int | None = None) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+class StoreFullError(StoreError):
+    """There is no room left, or the quota is used up (`errno` ENOSPC or EDQUOT).
+
+    `needed` and `free` are in bytes, None where nobody knows. What is free is what the file system says, of which a
+    quota may leave less.
+    """
+
+    def __init__(
+        self, message: str, errno: int | None = None, *, needed: int | None = None, free: int | None = None
+    ) -> None:
+        super().__init__(message, errno)
+        self.needed, self.free = needed, free
 
 
 # Another process is in the way, or a background save failed.

@@ -29,7 +29,7 @@ from .run import Run
 from .saving import Saver
 from .schedule import Schedule
 from .signals import SignalWatch
-from .store import Store, open_store
+from .store import Store, give_up, open_store
 from .triggers import Decision, Moment
 from .weights import WarmStarted, warm_start
 
@@ -79,7 +79,9 @@ class CheckpointManager(Catalog):
             raise ConfigError("fresh=True archives what is there, and read_only=True writes nothing: choose one")
         self.config = load_config(config, **overrides)
         if store is None:
-            store = open_store(self.config.root, self.config.storage.options, fsync=self.config.fsync)
+            storage = self.config.storage
+            deadline_s = storage.deadline.total_seconds()
+            store = open_store(self.config.root, storage.options, fsync=self.config.fsync, deadline_s=deadline_s)
         super().__init__(Run(store, self.config, takeover=takeover, read_only=read_only), self.config)
         self._saver = Saver(self._run, self.config)
         self._job = Job(digest(store.url.encode())[:16], self.config.ranks.timeout.total_seconds())
@@ -131,7 +133,8 @@ class CheckpointManager(Catalog):
             self._worker.raise_failure()
         request = self._request(step, epoch, metrics, overwrite=self.config.overwrite)
         decision = self._schedule.decide(request.step, request.epoch, request.metrics)
-        pending = self._save_if_free(state, replace(request, reason=decision.reason or "")) if decision else None
+        request = replace(request, reason=decision.reason or "", may_skip=True)
+        pending = self._save_if_free(state, request) if decision else None
         self._schedule.vote(request.step, request.epoch, request.metrics, trouble=self._worker.has_failed)
         return pending
 
@@ -176,7 +179,7 @@ class CheckpointManager(Catalog):
         `tags` name it for `load` and the command line; `pin` keeps it from every keep rule;
         `overwrite` replaces a checkpoint of the same step, after the new one is durable (default:
         the config's). Raises `AlreadyExistsError` when the step is there, or when the root holds
-        checkpoints that nobody resumed from.
+        checkpoints that nobody resumed from. `on_full: skip` does not go for it: without room it fails.
         """
         if isinstance(tags, str):
             raise ConfigError(f"tags={tags!r} is one text; give a list of tags: [{tags!r}]")
@@ -223,7 +226,9 @@ class CheckpointManager(Catalog):
         request counts that came before their last `maybe_save`.
 
         May be repeated. Raises what the last save failed with (also under `on_error: warn`), or
-        `TimeoutError` after `timeout` seconds, when it stays open.
+        `TimeoutError` after `timeout` seconds, when it stays open: then the save in flight goes on while a
+        store behind a network answers, but no request is tried again for the length of `storage.deadline`, so
+        that the process can end soon after.
         """
         if self._is_closed:
             return
@@ -242,6 +247,9 @@ class CheckpointManager(Catalog):
             if is_asked and (call := self._last_call) is not None and not self._read_only:
                 self._save_if_free(call[0], replace(self._request(*call[1:]), reason="close()"))
             self.wait(timeout)
+        except TimeoutError:
+            give_up(self._run.repository.store)
+            raise
         finally:
             if not self._worker.is_busy:
                 self._let_go()
@@ -329,6 +337,7 @@ class CheckpointManager(Catalog):
         map_location: str | torch.device,
     ) -> Resumed:
         self._last_call = None  # it spoke of a state that is about to be replaced
+        self._saver.rest()
         ranks = self._join()
         self._job.check()
         restart = Restart(self._run, self.config, ranks, read_only=self._read_only, fresh=self._fresh)
@@ -375,6 +384,7 @@ class CheckpointManager(Catalog):
     def _on_rank_0(self, what: str, make: Callable[[], T]) -> T:
         """What rank 0 makes of the root while no save is in flight. Blocks."""
         self._settle()
+        self._saver.rest()
         ranks = self._join()
         self._job.check()
         return ranks.prompt.exchange(what, lambda: None, lambda _: make())

@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from .errors import ConfigError, DamagedError, FormatVersionError
+from .untrusted import moment, nonce, parse, whole
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -143,10 +144,10 @@ class Manifest:
         if len(data) > MAX_MANIFEST_SIZE:
             raise DamagedError(f"manifest is {len(data):,} bytes, more than any manifest ({MAX_MANIFEST_SIZE:,})")
         try:
-            body = json.loads(data)
-        except (ValueError, RecursionError) as exc:
+            body = parse(data)
+        except ValueError as exc:
             raise DamagedError(f"manifest is not JSON: {exc}") from exc
-        if not isinstance(body, dict) or not isinstance(version := body.get("format_version"), int):
+        if not isinstance(body, dict) or type(version := body.get("format_version")) is not int or version < 1:
             raise DamagedError("manifest has no format_version: not written by ckptmgr, or damaged")
         if version > FORMAT_VERSION:
             raise FormatVersionError(
@@ -163,24 +164,24 @@ class Manifest:
                     f"this ckptmgr knows {DIGEST!r} over {PIECE_SIZE}. Install a newer ckptmgr to read it"
                 )
             return cls(
-                step=_whole(body["step"]),
-                epoch=None if body["epoch"] is None else _whole(body["epoch"]),
+                step=whole(body["step"]),
+                epoch=None if body["epoch"] is None else whole(body["epoch"]),
                 metrics={str(k): float(v) for k, v in body["metrics"].items()},
-                time=datetime.fromisoformat(body["time"]),
+                time=moment(body["time"]),
                 run=str(body["run"]),
-                attempt=_whole(body["attempt"]),
-                nonce=str(body["nonce"]),
-                parent=None if body["parent"] is None else _whole(body["parent"]),
-                world_size=_whole(body["world_size"]),
+                attempt=whole(body["attempt"]),
+                nonce=nonce(body["nonce"]),
+                parent=None if body["parent"] is None else whole(body["parent"]),
+                world_size=whole(body["world_size"]),
                 format=str(body["format"]),
-                files=tuple(_file_from_json(file, version) for file in body["files"]),
+                files=_files_from_json(body["files"], version),
                 tags=tuple(map(str, body["tags"])),
                 healthy=bool(body["healthy"]),
                 versions={str(k): str(v) for k, v in body["versions"].items()},
                 config=str(body["config"]),
                 version=version,
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as exc:
             raise DamagedError(f"manifest does not parse: {exc!r}") from exc
 
 
@@ -193,13 +194,23 @@ def _file_to_json(file: FileEntry) -> dict[str, Any]:
     return body
 
 
+def _files_from_json(rows: Any, version: int) -> tuple[FileEntry, ...]:
+    files = tuple(_file_from_json(row, version) for row in rows)
+    # What is named here is deleted with the checkpoint, and only a deletion's own step takes a manifest away.
+    if len(names := {file.name for file in files}) < len(files) or any(
+        name.rpartition("/")[2] == MANIFEST_NAME for name in names
+    ):
+        raise DamagedError(f"manifest names a file twice, or a {MANIFEST_NAME}")
+    return files
+
+
 def _file_from_json(body: Any, version: int) -> FileEntry:
     odd = [text for text in (body["digest"], *body.get("pieces", ())) if not _DIGEST.fullmatch(text)]
     if odd:
         raise DamagedError(f"manifest has {odd[0]!r:.60} for a digest of {body['name']!r}")
     entry = FileEntry(
         checked_name(body["name"]),
-        _whole(body["size"]),
+        whole(body["size"]),
         str(body["digest"]),
         tuple(map(str, body.get("pieces", ()))),
         body.get("shared") is True,
@@ -216,17 +227,11 @@ def _canonical(body: dict[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a whole number")
-    return value
-
-
 def checked_name(name: Any) -> str:
     """A file name from a manifest, refused with `DamagedError` when it could lead out of its folder."""
     parts = name.split("/") if isinstance(name, str) else []
-    if not parts or any(part in (".", "..") or not _FILE_PART.fullmatch(part) for part in parts):
-        raise DamagedError(f"manifest names a file {name!r}, which is not a plain relative name")
+    if not parts or not all(_FILE_PART.fullmatch(part) and part.strip(".") for part in parts):
+        raise DamagedError(f"manifest names a file {name!r:.200}, which is not a plain relative name")
     return str(name)
 
 
@@ -283,17 +288,14 @@ class NameTemplate:
 
     def __init__(self, template: str) -> None:
         self.template = template
+        allowed = "fields are {step}, {epoch}, {run}"
         try:
             fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
             sample = template.format(step=_SAMPLE_STEP, epoch=1, run="run")
         except (ValueError, KeyError, IndexError, AttributeError) as exc:
-            raise ConfigError(
-                f"name: {template!r} is not a template: {exc!r}; fields are {{step}}, {{epoch}}, {{run}}"
-            ) from exc
+            raise ConfigError(f"name: {template!r} is not a template: {exc!r}; {allowed}") from exc
         if unknown := set(fields) - {"step", "epoch", "run"}:
-            raise ConfigError(
-                f"name: {template!r} has unknown fields {sorted(unknown)}; fields are {{step}}, {{epoch}}, {{run}}"
-            )
+            raise ConfigError(f"name: {template!r} has unknown fields {sorted(unknown)}; {allowed}")
         if "step" not in fields:
             raise ConfigError(f"name: {template!r} must contain {{step}}, or two checkpoints would share a folder")
         if not _FOLDER.fullmatch(sample):
@@ -311,11 +313,11 @@ class NameTemplate:
         for literal, name, _, _ in string.Formatter().parse(self.template):
             regex += re.escape(literal)
             if name == "step":
-                regex += "(?P=step)" if seen else r"(?P<step>\d+)"
+                regex += "(?P=step)" if seen else r"(?P<step>[0-9]+)"
                 seen = True
             elif name is not None:
-                regex += r"\d+" if name == "epoch" else r"[A-Za-z0-9._+=@%~-]+?"
-        return re.compile(regex + r"(?:\.\d+)?")  # ".2": a second checkpoint of the same step
+                regex += r"[0-9]+" if name == "epoch" else r"[A-Za-z0-9._+=@%~-]+?"
+        return re.compile(regex + r"(?:\.[0-9]+)?")  # ".2": a second checkpoint of the same step
 
     def format(self, step: int, epoch: int | None, run: str) -> str:
         """The folder for a step. Raises `ConfigError` when the template needs an epoch and the call gave
@@ -346,5 +348,5 @@ DEFAULT_NAMES = NameTemplate("step-{step:08d}")
 
 def guessed_step(name: str) -> int:
     """The step that a folder of an unknown template seems to have: its last number, else 0."""
-    numbers = re.findall(r"\d+", re.sub(r"(?<=\d)\.\d+$", "", name))  # ".2": a second one of the same step
+    numbers = re.findall(r"[0-9]+", re.sub(r"(?<=[0-9])\.[0-9]+$", "", name))  # ".2": a second one of the step
     return int(numbers[-1]) if numbers else 0

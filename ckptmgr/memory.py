@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import StoreError
 
 HUGE_PAGE = 2 << 20  # bytes
 
@@ -67,6 +71,18 @@ move = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 move_small = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
 )
+
+
+@contextlib.contextmanager
+def enough(what: str) -> Iterator[None]:
+    """A block that does `what` and takes memory as a checkpoint says. Raises `StoreError` (ENOMEM) for want of it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as exc:
+        if isinstance(exc, RuntimeError) and "can't allocate memory" not in str(exc):  # as torch says it
+            raise
+        text = f"not enough memory to {what}: {exc}; load fewer entries, or load with mmap=True"
+        raise StoreError(text.replace(": ;", ";"), errno.ENOMEM) from exc
 
 
 def available() -> int | None:

@@ -1,7 +1,8 @@
 """Which checkpoints did somebody pin? The records below `.ckptmgr/pins/`.
 
 A pin names one checkpoint by its folder and nonce, so that it never passes to another of the same
-step. Both stand in the key, as the tag does: a pin whose content is lost still protects.
+step. Both stand in the key, as the tag does: a pin whose content is lost still protects. One with an end
+says when that is, and how long it was to hold: two hosts' clocks may differ.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ import json
 import logging
 import re
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 
 from .errors import NotFoundError, StoreError
 from .manifest import Pin, guessed_step
 from .records import checked_tag, is_refused
-from .store import Store
+from .store import Entry, Store
+from .untrusted import FOLDER_NAME, MAX_RECORD_SIZE, moment, parse, whole
 
 _FOLDER = ".ckptmgr/pins"
 # A nonce has no "-": the last part can't be both a nonce and a tag.
-_KEY = re.compile(rf"{_FOLDER}/(?P<name>[^/]+)\.(?P<nonce>[0-9A-Za-z]+)(?:\.tag-(?P<tag>[A-Za-z0-9_-]+))?\.json")
+_KEY = re.compile(
+    rf"{_FOLDER}/(?P<name>{FOLDER_NAME})\.(?P<nonce>[0-9A-Za-z]+)"
+    r"(?:\.tag-(?P<tag>[A-Za-z0-9_-]+))?\.json"
+)
 
 _log = logging.getLogger("ckptmgr.pins")
 
@@ -42,11 +47,9 @@ class Pins:
             return None
         name, nonce, tag = match["name"], match["nonce"], match["tag"]
         try:
-            body = json.loads(self._store.get(key))
-            expires = None if body["expires"] is None else datetime.fromisoformat(body["expires"])
-            if expires is not None and expires.tzinfo is None:
-                raise ValueError(f"{expires} has no time zone")
-            return Pin(name, nonce, int(body["step"]), tag, expires)
+            body = parse(self._store.get(key, 0, MAX_RECORD_SIZE))
+            expires = None if body["expires"] is None else moment(body["expires"])
+            return Pin(name, nonce, whole(body["step"]), tag, expires)
         except NotFoundError:
             return None  # unpinned since the listing
         except StoreError as exc:
@@ -63,8 +66,34 @@ class Pins:
             self._told.add(key)
             _log.warning("pin.read.failed key=%s/%s %s", self._store.url, key, what)
 
+    def holds(self, name: str, nonce: str | None, at: float | None) -> bool:
+        """Whether a pin holds a checkpoint: by the clock of this host, or by that of the store, where it was `at`
+        this time, in seconds since 1970, just now. Without a nonce, any of its folder."""
+        for entry in self._store.list(_FOLDER):
+            match = _KEY.fullmatch(entry.key)
+            if match is None or match["name"] != name or nonce not in (None, match["nonce"]):
+                continue
+            pin = self._read(entry.key)
+            if pin is not None and (pin.holds(datetime.now(UTC)) or self._is_young(entry, at)):
+                return True
+        return False
+
+    def _is_young(self, entry: Entry, at: float | None) -> bool:
+        """Whether a pin was put, by the store's clock, less long ago than it was to hold. Of one put later than `at`
+        the store's clock says nothing: where a tombstone is a second name of the manifest it is as old as that."""
+        if at is None or entry.modified is None:
+            return False
+        try:
+            ttl_s = float(parse(self._store.get(entry.key, 0, MAX_RECORD_SIZE))["ttl_s"])
+            return 0 <= at - entry.modified < ttl_s
+        except (NotFoundError, ValueError, KeyError, TypeError, OverflowError):
+            return False  # unpinned since, or of an earlier version
+
     def put(self, pin: Pin) -> None:
-        body = {"step": pin.step, "expires": None if pin.expires is None else pin.expires.isoformat()}
+        body: dict[str, object] = {"step": pin.step, "expires": None, "ttl_s": None}
+        if pin.expires is not None:
+            ttl_s = (pin.expires - datetime.now(UTC)).total_seconds()
+            body |= {"expires": pin.expires.isoformat(), "ttl_s": ttl_s}
         self._store.put(pin_key(pin.name, pin.nonce, pin.tag), json.dumps(body).encode())
 
     def remove(self, pins: Iterable[Pin]) -> None:
@@ -73,11 +102,13 @@ class Pins:
     def forget(self, *gone: tuple[str, str | None]) -> None:
         """Remove the pins of checkpoints that are none any more, by folder and nonce; without a nonce,
         all of its folder."""
+        if not gone:
+            return
         matches = [match for entry in self._store.list(_FOLDER) if (match := _KEY.fullmatch(entry.key))]
         them = {*gone}
-        self._store.delete(
-            match[0] for match in matches if (match["name"], match["nonce"]) in them or (match["name"], None) in them
-        )
+        keys = [match[0] for match in matches if them & {(match["name"], match["nonce"]), (match["name"], None)}]
+        if keys:
+            self._store.delete(keys)
 
 
 def pin_key(name: str, nonce: str, tag: str | None = None) -> str:

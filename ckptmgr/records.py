@@ -1,8 +1,9 @@
 """What is written beside the checkpoints, never into them? The records below `.ckptmgr/`.
 
-`damaged/` remembers what failed to load, `archive/` holds the manifests of a branch that was
-rewound, `trash/` those of checkpoints whose data is being deleted. Pins (`pins`), drafts (`draft`)
-and the writer's lock (`lock`) live there too. One record that can't be read stops nothing.
+`damaged/` remembers what failed to load, `verified.json` what was read back and when, `archive/` holds the
+manifests of a branch that was rewound, `trash/` those of checkpoints whose data is being deleted. Pins
+(`pins`), drafts (`draft`) and the writer's lock (`lock`) live there too. One record that can't be read
+stops nothing.
 """
 
 from __future__ import annotations
@@ -12,30 +13,68 @@ import json
 import logging
 import re
 import secrets
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from typing import NamedTuple
 
-from .errors import ConfigError, DamagedError, FormatVersionError, NotFoundError, StoreError
-from .manifest import Manifest
-from .store import Store
+from .errors import (
+    AlreadyExistsError,
+    ConfigError,
+    DamagedError,
+    FormatVersionError,
+    NotFoundError,
+    StoreError,
+    StoreFullError,
+)
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
+from .store import DRAFTS, Entry, Store
+from .untrusted import FOLDER_NAME, MAX_RECORD_SIZE, parse
 
 FOLDER = ".ckptmgr"
-_ASIDE = re.compile(r"(?P<name>.+)\.(?P<nonce>[0-9A-Za-z]+)\.json")
+_VERIFIED = f"{FOLDER}/verified.json"
+_NAME = re.compile(FOLDER_NAME)
+# A nonce has no "-": the last part can't be both a nonce and an attempt.
+_BY = re.compile(r"\.by-([0-9]{1,18})\.json$")
+_ASIDE = re.compile(rf"(?P<name>{FOLDER_NAME})\.(?P<nonce>[0-9A-Za-z]+)(?:{_BY.pattern}|\.json)")
+_DRAFT = re.compile(rf"(?P<name>{FOLDER_NAME})\.(?P<nonce>[0-9a-f]{{16}})(?P<fenced>\.fenced)?")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 RESERVED_TAGS = ("latest", "best")
-# No permission, or no plain file (`LocalStore` says EINVAL of a folder, and of a link ELOOP).
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ELOOP}
+# What `LocalStore` says of a folder, a link or a socket in a file's place.
+_NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO}
+_REFUSED = {errno.EACCES, errno.EPERM, *_NO_FILE}
 
 _log = logging.getLogger("ckptmgr.records")
 
 
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """A checkpoint's manifest under another name: no checkpoint any more, its data still there."""
+    """A checkpoint's manifest under another name: no checkpoint any more, its data still there. `attempt` is that of
+    the writer who put it there; 0 where its key does not say."""
 
     key: str
     name: str
     manifest: Manifest
+    attempt: int = 0
+
+
+class AsideKey(NamedTuple):
+    """What the key of one says; nothing was read."""
+
+    key: str
+    name: str
+    nonce: str
+    attempt: int
+
+
+class DraftKey(NamedTuple):
+    """A draft, or (`is_fenced`) the note that one was removed while somebody may still have been writing to it."""
+
+    entry: Entry
+    name: str
+    nonce: str
+    is_fenced: bool
 
 
 class Records:
@@ -52,7 +91,7 @@ class Records:
         for entry in self._store.list(f"{FOLDER}/damaged"):
             name, _, nonce = entry.name.removesuffix(".json").rpartition(".")
             try:
-                marks[name, nonce] = str(json.loads(self._store.get(entry.key))["reason"])
+                marks[name, nonce] = str(parse(self._store.get(entry.key, 0, MAX_RECORD_SIZE))["reason"])
             except NotFoundError:
                 continue
             except StoreError as exc:
@@ -67,38 +106,87 @@ class Records:
         body = {"reason": reason, "time": now.isoformat()}
         self._store.put(f"{FOLDER}/damaged/{name}.{nonce}.json", json.dumps(body).encode())
 
-    def forget(self, aside: Aside) -> None:
-        """Remove what else is recorded of a checkpoint whose data is gone."""
-        self._store.delete(
-            [f"{FOLDER}/{kind}/{aside.name}.{aside.manifest.nonce}.json" for kind in ("damaged", "archive")]
-        )
+    # Soundness
+
+    def verified(self) -> dict[tuple[str, str], datetime]:
+        """When all bytes of a checkpoint were last seen to be sound, by folder and nonce. Of a record that can't be
+        read nothing is known."""
+        try:
+            times = parse(self._store.get(_VERIFIED, 0, MAX_MANIFEST_SIZE))
+            found = {}
+            for key, text in times.items():
+                name, _, nonce = key.rpartition(".")
+                found[name, nonce] = datetime.fromisoformat(text).astimezone(UTC)
+        except NotFoundError:
+            return {}
+        except StoreError as exc:
+            if not is_refused(self._store, exc):
+                raise
+            return {}
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+            return {}
+        return found
+
+    def put_verified(self, times: Mapping[tuple[str, str], datetime]) -> None:
+        body = {f"{name}.{nonce}": when.isoformat() for (name, nonce), when in times.items()}
+        self._store.put(_VERIFIED, json.dumps(body, indent=1).encode())
+
+    def forget(self, name: str, nonce: str, *keys: str) -> None:
+        """Remove what is recorded of a checkpoint whose data is gone; of it there are these `keys` besides."""
+        self._store.delete([f"{FOLDER}/damaged/{name}.{nonce}.json", *keys])
 
     # Manifests put aside
 
-    def put_aside(self, kind: str, name: str, manifest: Manifest) -> Aside:
+    def aside_key(self, kind: str, name: str, nonce: str, attempt: int) -> str:
+        """Where a writer puts a manifest: each has a place of its own, to take away again what it put."""
+        return f"{FOLDER}/{kind}/{name}.{nonce}{f'.by-{attempt}' if attempt else ''}.json"
+
+    def put_aside(self, kind: str, name: str, manifest: Manifest, attempt: int = 0) -> Aside:
         """Keep a manifest under `archive` or `trash`; the checkpoint's own is still there."""
-        key = f"{FOLDER}/{kind}/{name}.{manifest.nonce}.json"
-        self._store.put(key, manifest.to_json())
-        return Aside(key, name, manifest)
+        key = self.aside_key(kind, name, manifest.nonce, attempt)
+        try:
+            self._store.put(key, manifest.to_json())
+        except StoreFullError:
+            # What is to make room needs some itself, but for a second name of a file that is there.
+            is_linked = False
+            with suppress(AlreadyExistsError):
+                is_linked = self._store.copy(f"{name}/{MANIFEST_NAME}", key)
+            if not is_linked:
+                raise
+        return Aside(key, name, manifest, attempt)
+
+    def is_going(self, name: str, nonce: str) -> bool:
+        """Whether a checkpoint is about to be deleted, or its deletion was interrupted."""
+        return any((one.name, one.nonce) == (name, nonce) for one in self.aside_keys("trash"))
+
+    def going_since(self, name: str, nonce: str, attempt: int) -> float | None:
+        """When a writer recorded that, by the store's clock; None where nobody says."""
+        entry = self._store.stat(self.aside_key("trash", name, nonce, attempt))
+        return None if entry is None else entry.modified
 
     def asides(self, kind: str) -> list[Aside]:
         """What was put aside. What can't be read is left where it is, with a warning."""
-        start = f"{FOLDER}/{kind}"
-        found = (self._aside(entry.key, f"{start}/") for entry in self._store.list(start))
+        found = (self.read_aside(entry.key) for entry in self._store.list(f"{FOLDER}/{kind}"))
         return [aside for aside in found if aside is not None]
 
-    def archived(self) -> dict[tuple[str, str], str]:
-        """The keys of what is under `archive`, by folder and nonce. There may be thousands: none is read."""
-        found = ((_ASIDE.fullmatch(entry.name), entry.key) for entry in self._store.list(f"{FOLDER}/archive"))
-        return {(match["name"], match["nonce"]): key for match, key in found if match}
+    def aside_keys(self, kind: str) -> list[AsideKey]:
+        """The same, without a look into it. There may be thousands under `archive`."""
+        found = ((_ASIDE.fullmatch(entry.name), entry.key) for entry in self._store.list(f"{FOLDER}/{kind}"))
+        return [AsideKey(key, m["name"], m["nonce"], int(m[3] or 0)) for m, key in found if m]
 
-    def _aside(self, key: str, start: str) -> Aside | None:
+    def read_aside(self, key: str) -> Aside | None:
+        """One of them; None where it is gone, or can't be read."""
+        own = key.split("/", 2)[-1]
         try:
-            manifest = Manifest.from_json(self._store.get(key))
-            name = key[len(start) :].removesuffix(f".{manifest.nonce}.json")
-            if f"{start}{name}" == key:
+            manifest = Manifest.from_json(self._store.get(key, 0, MAX_MANIFEST_SIZE + 1))
+            by = _BY.search(own)
+            rest = own[: by.start()] if by else own.removesuffix(".json")
+            name = rest.removesuffix(f".{manifest.nonce}")
+            if name == rest:
                 raise DamagedError(f"its manifest has another nonce, {manifest.nonce}")
-            return Aside(key, name, manifest)
+            if not _NAME.fullmatch(name):  # what is named here is going to be deleted
+                raise DamagedError(f"it names the folder {name!r:.200}, which is none of a checkpoint")
+            return Aside(key, name, manifest, int(by[1]) if by else 0)
         except NotFoundError:
             return None
         except StoreError as exc:
@@ -109,6 +197,13 @@ class Records:
             cause = exc
         _log.warning("record.read.failed key=%s/%s cause=%s (left as it is)", self._store.url, key, cause)
         return None
+
+    # Drafts
+
+    def drafts(self) -> list[DraftKey]:
+        """What is recorded of saves that are no checkpoints yet, and of those that must never be one."""
+        found = ((_DRAFT.fullmatch(entry.name), entry) for entry in self._store.list(DRAFTS))
+        return [DraftKey(entry, m["name"], m["nonce"], m["fenced"] is not None) for m, entry in found if m]
 
 
 def checked_tag(tag: str) -> str:
@@ -123,6 +218,11 @@ def checked_tag(tag: str) -> str:
 def is_refused(store: Store, error: StoreError) -> bool:
     """Whether this machine refuses one file for good. A network's error never says that."""
     return store.path is not None and error.errno in _REFUSED
+
+
+def is_no_file(store: Store, error: StoreError) -> bool:
+    """Whether something else is in a file's place, such as a folder."""
+    return store.path is not None and error.errno in _NO_FILE
 
 
 def new_nonce() -> str:

@@ -4,6 +4,10 @@ The order is always data, manifest, pointer, retention; a checkpoint exists exac
 manifest does. Deleting goes the other way: a tombstone, the manifest, the data, the tombstone. Whatever
 a dead process left half done is named by a record below `.ckptmgr/`, so that `sweep` never guesses
 what is ours. Methods that change the root expect the caller to hold the writer's lock.
+
+A writer may lose that lock between any two of its steps, and not know it. So every step that can't be
+taken back is recorded first, then `check` is asked whether the lock still holds, and then it is made: see `trash`
+and `sweep`.
 """
 
 from __future__ import annotations
@@ -11,21 +15,23 @@ from __future__ import annotations
 import logging
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 
-from .draft import Draft, discard
-from .errors import ConfigError, DamagedError, FormatVersionError, NotFoundError, StoreError
-from .listing import Listing, each, read_checkpoint
+from .draft import Draft
+from .errors import ConfigError, DamagedError, NotFoundError, StoreError
+from .fences import Fences
+from .listing import Listing, current, read_checkpoint
 from .lock import last_writer
 from .manifest import DEFAULT_NAMES, MANIFEST_NAME, CheckpointInfo, NameTemplate, Pin
 from .pins import Pins
-from .records import FOLDER, Aside, Records, checked_tag, new_nonce
+from .records import FOLDER, Aside, Records, checked_tag, is_refused, new_nonce
 from .source import Problem, Source
-from .store import DRAFTS, Store
-
-_DRAFT = re.compile(r"(?P<name>.+)\.(?P<nonce>[0-9a-f]{16})")
+from .store import Store
+from .sweep import Sweep
+from .trash import Trash
+from .untrusted import FOLDER_NAME
 
 _log = logging.getLogger("ckptmgr.repository")
 
@@ -49,7 +55,9 @@ class Repository:
         self.store = store
         self.names = names or DEFAULT_NAMES
         self._templates = tuple(dict.fromkeys((self.names, DEFAULT_NAMES)))
-        self._records, self._pins = Records(store), Pins(store)
+        self._records, self._pins, self._fences = Records(store), Pins(store), Fences(store)
+        self._trash = Trash(store, self._records, self._pins, self._templates)
+        self._sweep = Sweep(store, self._records, self._pins, self._trash, self._fences, self._can_spare)
         self._pointer = pointer
         self._commit = commit
 
@@ -65,12 +73,16 @@ class Repository:
 
         Raises `FormatVersionError` for one that a newer ckptmgr wrote.
         """
-        return self.listing().infos()
+        return current(self.listing).infos()
 
     def listing(self, last_attempt: int | None = None) -> Listing:
         """What is there now, to be read as far as it is asked for. `last_attempt` is the highest that a
         checkpoint can have, where the caller knows better than the records of the writer's lock."""
         folders = [entry.key for entry in self.store.list() if entry.is_folder and entry.key[0] != "."]
+        if self.store.path is None:  # a listing may lag behind, and what it lacks is the newest
+            named = self.pointer()
+            if named and named not in folders and re.fullmatch(FOLDER_NAME, named):
+                folders.append(named)
         pins, marks = self.records() if folders else ([], {})
         ask = (lambda: last_writer(self.store)) if last_attempt is None else (lambda: last_attempt)
         return Listing(self.store, self._templates, folders, pins, marks, ask)
@@ -116,6 +128,10 @@ class Repository:
             return self.store.get(self._pointer, 0, 1024).decode("utf-8", "replace").strip()
         except NotFoundError:
             return None
+        except StoreError as exc:
+            if not is_refused(self.store, exc):
+                raise
+            return None
 
     def open(self, info: CheckpointInfo, level: str = "fast") -> Source:
         """A checkpoint's files for reading. Raises `DamagedError` when a size is wrong already."""
@@ -127,7 +143,7 @@ class Repository:
     def source(self, info: CheckpointInfo, level: str = "fast") -> Source:
         """The same, without a look at the store."""
         if info.manifest is None:
-            raise DamagedError(f"{self.store.url}/{info.name}: {info.damaged}")
+            raise DamagedError(f"{self.store.url}/{info.name}/{MANIFEST_NAME}: {info.damaged}")
         return Source(self.store, info.name, info.manifest, level)
 
     def verify(self, info: CheckpointInfo, level: str = "full") -> list[Problem]:
@@ -153,9 +169,18 @@ class Repository:
 
     def _is_taken(self, name: str) -> bool:
         """A rename needs a folder that does not exist; a manifest only that there is no other."""
+        if name in self._fences.names:
+            return True
         if self.renames:
             return any(self.store.stat(key) is not None for key in (f"{name}/", name))
-        return self.store.stat(f"{name}/{MANIFEST_NAME}") is not None
+        try:
+            self.store.get(f"{name}/{MANIFEST_NAME}", 0, 1)
+        except NotFoundError:
+            return False
+        except StoreError as exc:
+            if not is_refused(self.store, exc):  # else something is there that is no file
+                raise
+        return True
 
     def point(self, name: str | None) -> None:
         """Move the pointer: a hint, so its failure is a warning."""
@@ -169,47 +194,50 @@ class Repository:
 
     # How one goes
 
-    def drop(self, info: CheckpointInfo) -> None:
-        """Delete a checkpoint, out of sight first. Only the files it names; whatever else lies in
-        its folder stays. One whose manifest can't be read goes with its whole folder: call it for
-        such a one only when a person asked."""
+    def drop(self, info: CheckpointInfo, may_go: Callable[[CheckpointInfo], bool] = lambda _: True) -> bool:
+        """Delete a checkpoint, out of sight first. Only the files it names; whatever else lies in its folder stays.
+
+        `may_go` is asked when everyone can see that it is about to go, and before it does; when it says no,
+        or raises, the checkpoint stays as it is. Answers whether it is gone. Raises `DamagedError` for one whose
+        manifest can't be read, as nobody knows which files are its own."""
         if info.manifest is None:
-            self.store.delete([f"{info.name}/{MANIFEST_NAME}"])
-            self.store.delete([f"{info.name}/"])
-            self._pins.forget((info.name, None))
-        else:
-            tombstone = self._records.put_aside("trash", info.name, info.manifest)
-            self.store.delete([f"{info.name}/{MANIFEST_NAME}"])
-            self._delete_data(tombstone)
-        _log.info("checkpoint.drop.done step=%d url=%s/%s", info.step, self.store.url, info.name)
-
-    def _delete_data(self, aside: Aside) -> None:
-        there = self.read(aside.name)
-        # Another save of the step may have taken the folder since.
-        kept = {file.name for file in there.manifest.files} if there and there.manifest else set()
-        self.store.delete([f"{aside.name}/{file.name}" for file in aside.manifest.files if file.name not in kept])
-        self._pins.forget((aside.name, aside.manifest.nonce))
-        self._records.forget(aside)
-        self.store.delete([aside.key])  # last: it is what leads a sweep here
-
-    def _is_committed(self, name: str, nonce: str) -> bool:
-        """Whether a save is a checkpoint. Most that are asked about have no manifest at all."""
-        if self.store.stat(f"{name}/{MANIFEST_NAME}") is None:
+            raise DamagedError(f"{self.store.url}/{info.name} can only go with its whole folder: {info.damaged}")
+        aside = self._trash.record("trash", info.name, info.manifest, lambda _: may_go(info))
+        if aside is None:
             return False
-        there = self.read(name)
-        return there is not None and there.manifest is not None and there.manifest.nonce == nonce
+        self._trash.delete_manifest(info.name)
+        self._trash.delete_data(aside)
+        _log.info("checkpoint.drop.done step=%d url=%s/%s", info.step, self.store.url, info.name)
+        return True
+
+    def drop_folder(self, info: CheckpointInfo, may_go: Callable[[CheckpointInfo], bool] = lambda _: True) -> bool:
+        """Delete one whose manifest can't be read, with all that lies in its folder, whosever that is: only when a
+        person asked for this one. The rest as with `drop`."""
+        if not may_go(info):
+            return False
+        self._trash.delete_manifest(info.name)
+        self.store.delete([f"{info.name}/"])
+        self._pins.forget((info.name, None))
+        _log.info("folder.drop.done step=%d url=%s/%s", info.step, self.store.url, info.name)
+        return True
 
     def is_there(self, info: CheckpointInfo) -> bool:
         """Whether it still is a checkpoint."""
-        return info.manifest is not None and self._is_committed(info.name, info.manifest.nonce)
+        return info.manifest is not None and self._sweep.is_there(info.name, info.manifest.nonce)
 
-    def archive(self, info: CheckpointInfo) -> None:
+    def archive(self, info: CheckpointInfo, check: Callable[[], None] = lambda: None) -> None:
         """Make a checkpoint no checkpoint, without its pins, and keep its data until `drop_archived`.
-        One whose manifest can't be read stays where it is: it is no checkpoint to anyone."""
+        One whose manifest can't be read stays where it is: it is no checkpoint to anyone. `check` raises
+        `FencedError` when the lock is lost, with the checkpoint left as it is."""
         if info.manifest is None:
             return
-        self._records.put_aside("archive", info.name, info.manifest)
-        self.store.delete([f"{info.name}/{MANIFEST_NAME}"])
+
+        def may_go(_: Aside) -> bool:
+            check()
+            return True
+
+        self._trash.record("archive", info.name, info.manifest, may_go)
+        self._trash.delete_manifest(info.name)
         self._pins.forget((info.name, info.manifest.nonce))
         _log.info("checkpoint.archive.done step=%d url=%s/%s", info.step, self.store.url, info.name)
 
@@ -219,7 +247,8 @@ class Repository:
 
     def drop_archived(self, aside: Aside) -> None:
         """Delete the data of an archived checkpoint."""
-        self._delete_data(self._records.put_aside("trash", aside.name, aside.manifest))
+        going = self._records.put_aside("trash", aside.name, aside.manifest, self._trash.attempt)
+        self._trash.delete_data(going, aside.key)
 
     def mark_damaged(self, info: CheckpointInfo, reason: str) -> None:
         """Remember that a checkpoint did not load, for retention and for the next resume."""
@@ -229,13 +258,43 @@ class Repository:
     # What must stay
 
     def pin(self, info: CheckpointInfo, tag: str | None = None, expires: datetime | None = None) -> None:
-        """Keep a checkpoint from every keep rule. Needs no lock: readers pin what they read. Raises
-        `DamagedError` for one whose manifest can't be read, `ConfigError` for a tag that can't be had."""
-        if info.manifest is None:
-            raise DamagedError(f"{self.store.url}/{info.name} can't be pinned: {info.damaged}")
+        """Keep a checkpoint from every keep rule. Needs no lock: readers pin what they read. At return it
+        holds, whatever the writer does at this very moment.
+
+        Raises `DamagedError` for one whose manifest can't be read, `ConfigError` for a tag that can't be had, and
+        `NotFoundError` for one that is gone, or about to go."""
         if tag is not None:
             self.check_tag_free(tag, [other for other in self.infos() if other.name != info.name])
-        self._pins.put(Pin(info.name, info.manifest.nonce, info.step, tag, expires))
+        self.put_pin(info, tag, expires)
+
+    def put_pin(self, info: CheckpointInfo, tag: str | None, expires: datetime | None) -> Pin:
+        """The same, for a tag that nobody else has."""
+        if info.manifest is None:
+            raise DamagedError(f"{self.store.url}/{info.name} can't be pinned: {info.damaged}")
+        pin = Pin(info.name, info.manifest.nonce, info.step, tag, expires)
+        self._pins.put(pin)
+        # In this order: a tombstone that is gone again has taken the manifest with it. One that is put
+        # from here on comes before a look at the pins, which finds this one.
+        if self._records.is_going(info.name, info.manifest.nonce) or not self.is_there(info):
+            self._pins.remove([pin])
+            raise NotFoundError(
+                f"step {info.step} ({self.store.url}/{info.name}) is not there to be pinned: it was deleted, or is "
+                "about to be; pin a newer one"
+            )
+        return pin
+
+    def let_go(self, pin: Pin) -> None:
+        """Remove a pin."""
+        self._pins.remove([pin])
+
+    def is_held(self, info: CheckpointInfo) -> bool:
+        """Whether a pin holds a checkpoint now that is about to go: by the store's clock, too, which is right where
+        those of the two hosts differ."""
+        if info.manifest is None:
+            return self._pins.holds(info.name, None, None)
+        nonce = info.manifest.nonce
+        since = self._records.going_since(info.name, nonce, self._trash.attempt)
+        return self._pins.holds(info.name, nonce, since)
 
     def check_tag_free(self, tag: str, others: Iterable[CheckpointInfo]) -> None:
         """Raises `ConfigError` when a tag is not usable, or one of the `others` has it."""
@@ -267,35 +326,22 @@ class Repository:
 
     # What dead processes left
 
-    def sweep(self) -> int:
-        """Remove dead drafts and finish interrupted deletions; answers how many there were.
+    def sweep(self, check: Callable[[], None] = lambda: None, *, attempt: int = 0, since: int | None = None) -> int:
+        """For whoever has become the writer, with this `attempt`, before it writes: remove dead drafts and finish
+        interrupted deletions; answers how many there were. Writers from the attempt `since` on were taken over and
+        may go on at any moment, all others are dead. `check` raises `FencedError` when the lock was lost."""
+        self._trash.attempt = attempt
+        return self._sweep.run(check, since)
 
-        Whoever holds the writer's lock and has no save in flight may do so: every other writer is
-        dead, or fenced off before its commit.
-        """
-        done = 0
-        for aside in self._records.asides("trash"):
-            if self._is_committed(aside.name, aside.manifest.nonce):
-                self.store.delete([aside.key])  # its manifest was never deleted: it stays a checkpoint
-            else:
-                self._delete_data(aside)
-            done += 1
-        archived = self._records.archived()
-        alive = each(self.store, lambda one: self._is_committed(*one), [*archived])
-        self.store.delete(key for key, lives in zip(archived.values(), alive, strict=True) if lives)
-        self._pins.forget(*(one for one, lives in zip(archived, alive, strict=True) if not lives))
-        done += sum(alive)
-        for entry in self.store.list(DRAFTS):
-            if match := _DRAFT.fullmatch(entry.name):
-                try:
-                    discard(self.store, match["name"], match["nonce"])
-                except (DamagedError, FormatVersionError) as exc:
-                    _log.warning("draft.sweep.kept key=%s/%s cause=%s", self.store.url, entry.key, exc)
-                else:
-                    done += 1
-        if done:
-            _log.info("root.sweep.done url=%s removed=%d", self.store.url, done)
-        return done
+    def _can_spare(self, aside: Aside) -> bool:
+        """Whether a checkpoint that was about to go is not pinned, nor the newest good one."""
+        infos = self.infos()
+        it = next((info for info in infos if info.name == aside.name), None)
+        return it is not None and not it.pins and any(i.damaged is None and i.order > it.order for i in infos)
+
+    def expel(self) -> None:
+        """Remove what a writer that was taken over has committed all the same since the sweep."""
+        self._sweep.expel()
 
 
 def _as_step(which: int | str) -> int | None:

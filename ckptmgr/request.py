@@ -18,7 +18,8 @@ _RESERVED = {"step", "strict", "skip", "map_location", "rng"}
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the caller said of one save. In a `hurry` there is no time for a copy: training waits."""
+    """What the caller said of one save. In a `hurry` there is no time for a copy: training waits. One that `may_skip`
+    is left out under `on_full: skip` when there is no room."""
 
     step: int
     epoch: int | None
@@ -28,6 +29,7 @@ class Request:
     pin: bool = False
     overwrite: bool = False
     hurry: bool = False
+    may_skip: bool = False
 
 
 def as_floats(metrics: Mapping[str, Any] | None) -> Mapping[str, float]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from .config import CheckpointConfig
@@ -11,8 +13,10 @@ from .coordinator import Coordinator
 from .errors import CheckpointError, ConfigError
 from .listing import Listing
 from .manifest import CheckpointInfo
+from .reading import again, pinned
 from .resumption import Reader, Resumed, warn_if_unhealthy
 from .run import Run
+from .untrusted import FOLDER_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +46,38 @@ class Restart:
         asked = (sorted(targets), step, strict, sorted(skip))
         if ranks.prompt.exchange("resume", lambda: asked, self._open):
             return None, Resumed()
-        found = self._reader().restore_first(self._candidates(step), targets, strict, skip, map_location, self._mark)
-        ranks.patient.first("take up", lambda: self._take_up(found))
+        found = self._restore(targets, step, strict, skip, map_location)
+        ranks.patient.first("take up", lambda: self._take_up(found, is_newest=step in (None, "latest")))
         return found or (None, Resumed())
+
+    def _restore(
+        self,
+        targets: Mapping[str, Any],
+        step: int | str | None,
+        strict: bool,
+        skip: Sequence[str],
+        map_location: str | torch.device,
+    ) -> tuple[CheckpointInfo, Resumed] | None:
+        """Restore the first candidate that is sound. A writer beside a reader may delete what it reads: then it
+        looks again, and pins what it reads from then on."""
+
+        def restore(turn: int) -> tuple[CheckpointInfo, Resumed] | None:
+            if turn:
+                self._ranks.patient.first("look again", self._look)
+            with ExitStack() as pins:
+                candidates = self._candidates(step, lambda info: pins.enter_context(self._pinned(info, turn)))
+                return self._reader().restore_first(candidates, targets, strict, skip, map_location, self._mark)
+
+        return again(restore)
+
+    def _pinned(self, info: CheckpointInfo, turn: int) -> AbstractContextManager[None]:
+        """Whoever holds the root need not pin."""
+        return pinned(self._run.repository, info, turn if self._read_only else 0)
+
+    def _look(self) -> None:
+        """On rank 0. Raises `FencedError` where a writer finds out so that it is none any more."""
+        self._run.check()
+        self._listing = self._run.listing()
 
     def _open(self, asked: Sequence[Any]) -> bool:
         """On rank 0: become the writer, and look what is there; whether it is a fresh start."""
@@ -58,7 +91,7 @@ class Restart:
             return True
         if not self._read_only:
             self._run.hold()
-        self._listing = self._run.listing()
+        self._look()
         return False
 
     def _reader(self) -> Reader:
@@ -76,8 +109,8 @@ class Restart:
             None if mode == "all" else ranks.circle(mode),
         )
 
-    def _candidates(self, step: int | str | None) -> Iterator[CheckpointInfo]:
-        """What is to be tried, one after the other, as rank 0 finds them."""
+    def _candidates(self, step: int | str | None, hold: Callable[[CheckpointInfo], object]) -> Iterator[CheckpointInfo]:
+        """What is to be tried, one after the other, as rank 0 finds them and gets hold of them."""
         run = self._run
         tried: Iterator[CheckpointInfo] = iter(())
 
@@ -88,17 +121,25 @@ class Restart:
                 tried = run.newest_first(self._listing)
             else:
                 tried = iter([run.find(step, run.infos(self._listing))])
-            return next(tried, None)
+            return another()
+
+        def another() -> CheckpointInfo | None:
+            info = next(tried, None)
+            if info is not None:
+                hold(info)
+            return info
 
         info = self._ranks.patient.first("look for checkpoints", begin)
         while info is not None:
             yield info
-            info = self._ranks.patient.first("look for another checkpoint", lambda: next(tried, None))
+            info = self._ranks.patient.first("look for another checkpoint", another)
 
-    def _take_up(self, found: tuple[CheckpointInfo, Resumed] | None) -> None:
+    def _take_up(self, found: tuple[CheckpointInfo, Resumed] | None, *, is_newest: bool) -> None:
         """On rank 0: the run goes on from what was restored, or begins."""
         run, listing = self._run, self._listing
         assert listing is not None
+        if is_newest:
+            self._warn_if_newer_is_gone(None if found is None else found[0])
         if found is None:
             if not self._read_only:
                 run.begin(listing)
@@ -108,6 +149,19 @@ class Restart:
             run.go_on_from(info, listing, {one.url.removeprefix(f"{run.url}/") for one in resumed.skipped})
             run.rotate()
         warn_if_unhealthy(info, run.newest_first(listing))
+
+    def _warn_if_newer_is_gone(self, found: CheckpointInfo | None) -> None:
+        """Say so when the pointer names a checkpoint that somebody deleted: nothing else would tell of it."""
+        repository = self._run.repository
+        named = repository.pointer()
+        if not named or not re.fullmatch(FOLDER_NAME, named) or (found is not None and found.name == named):
+            return
+        with suppress(CheckpointError):  # the pointer is a hint, and what can't be read is there
+            if repository.read(named) is None:
+                now = "nothing is left to go on from" if found is None else f"going on from {found.name}"
+                _log.warning(
+                    "resume.newest_gone url=%s/%s: the newest checkpoint was deleted; %s", self._run.url, named, now
+                )
 
     def _mark(self, info: CheckpointInfo, reason: str) -> None:
         """A reader leaves no mark; a store that takes none must not hide the sound ones."""

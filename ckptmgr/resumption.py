@@ -15,6 +15,8 @@ from .formats import FileSource, open_format
 from .formats.rank_files import OwnState
 from .formats.safetensors_state import SafetensorsState
 from .manifest import CheckpointInfo, Manifest
+from .memory import enough
+from .reading import check_there
 from .repository import Repository
 from .shared_source import SharedSource
 from .state import RestorePlan, RngReport, derive_rng, is_per_rank, match, materialize, restore_rng, unclaimed
@@ -172,13 +174,15 @@ class Reader:
         mark: Callable[[CheckpointInfo, str], None],
     ) -> tuple[CheckpointInfo, Resumed] | None:
         """Restore the first of the candidates that is not damaged; `mark` hears of each that is.
-        None without candidates; `DamagedError` listing all when none is left."""
+        None without candidates; `DamagedError` listing all when none is left, and `DeletedMeanwhileError` when one
+        was deleted while it was read."""
         skipped: list[Skipped] = []
         for info in candidates:
             try:
                 matched = self.open_and_match(info, targets, strict, skip, map_location)
                 return info, matched.apply(tuple(skipped))
             except DamagedError as exc:
+                self._channel.first("look again", partial(check_there, self._repository, info, exc))
                 url = f"{self._repository.store.url}/{info.name}"
                 _log.warning("resume.skip.damaged step=%d url=%s cause=%s", info.step, url, exc)
                 mark(info, str(exc))
@@ -231,7 +235,12 @@ class Reader:
     def _together(self, what: str, make: Callable[[], T]) -> T:
         """What this rank makes, when all ranks have made theirs. What one of them raises is raised on all."""
         made: list[T] = []
-        self._channel.exchange(what, lambda: made.append(make()), lambda _: None)
+
+        def attempt() -> None:
+            with enough(f"{what} of {self._repository.store.url}"):
+                made.append(make())
+
+        self._channel.exchange(what, attempt, lambda _: None)
         return made[0]
 
     def _lost(self, info: CheckpointInfo, opened: _Opened, targets: Mapping[str, Any]) -> set[str]:
@@ -265,7 +274,7 @@ class Reader:
     ) -> dict[str, Any]:
         """Entries as nested data. Raises `NotFoundError` for an entry that isn't there, and `ConfigError`
         for a checkpoint that can't be mapped."""
-        with uncollected():
+        with uncollected(), enough(f"load {self._repository.store.url}/{info.name}"):
             return self._load(info, only, map_location, mmap)
 
     def _load(
@@ -306,8 +315,8 @@ class Reader:
 
     def _look(self, info: CheckpointInfo) -> None:
         """Raises `DamagedError` where that can be seen without reading tensors, or at once for level `full`."""
-        if info.damaged is not None or info.manifest is None:
-            raise DamagedError(info.damaged or "its manifest can't be read")
+        if info.damaged is not None and info.manifest is not None:
+            raise DamagedError(info.damaged)
         self._repository.open(info, self._level)
 
     def _open(self, info: CheckpointInfo) -> _Opened:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol
 
@@ -76,11 +76,17 @@ class Best:
             yield info, f"best: {place} of {self.count} by {self.mode} {self.metric} ({value:g})"
 
 
+def _as_stamped(stamp: datetime) -> datetime:
+    return stamp
+
+
 @dataclass(frozen=True, slots=True)
 class NewerThan:
-    """Those saved less than `age` ago, healthy or not."""
+    """Those saved less than `age` ago, healthy or not. `time_of` says when one with a stamp was saved, where the clock
+    that stamped it was set."""
 
     age: timedelta
+    time_of: Callable[[datetime], datetime] = field(default=_as_stamped, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.age <= timedelta(0):
@@ -88,7 +94,7 @@ class NewerThan:
 
     def keeps(self, infos: Sequence[CheckpointInfo], now: datetime) -> Iterator[tuple[CheckpointInfo, str]]:
         for info in infos:
-            if now - _manifest(info).time < self.age:
+            if now - self.time_of(_manifest(info).time) < self.age:
                 yield info, f"newer_than: {self.age!s}"
 
 
@@ -109,12 +115,14 @@ class Verdict:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What stays and what goes, newest first. `over_bytes` is by how much what stays exceeds the cap;
-    `must` are those that have to be there before any other goes."""
+    `must` are those that have to be there before any other goes; `spare` are those of `keep` that could go, too, were
+    there no room, the least worth first."""
 
     keep: tuple[Verdict, ...]
     drop: tuple[Verdict, ...]
     over_bytes: int = 0
     must: tuple[CheckpointInfo, ...] = ()
+    spare: tuple[CheckpointInfo, ...] = ()
 
     @property
     def freed(self) -> int:
@@ -190,6 +198,7 @@ def plan(
         drop=tuple(Verdict(info, (lost(info),)) for info in ordered if info.name not in keeps),
         over_bytes=over,
         must=tuple(info for info in ordered if info.name in must),
+        spare=tuple(sorted((i for i in ordered if i.name in keeps - must - pinned.keys()), key=turn)),
     )
 
 

@@ -111,8 +111,9 @@ def _watched_by(
         case KeepEverySteps(n):
             places = {info.step // n for info in infos if info.name in watched}
             return (info for info, _ in rule.keeps(infos, now) if info.step // n in places)
-        case NewerThan(age):
-            return (info for info, _ in rule.keeps(infos, now) if info.manifest and info.manifest.time + age <= until)
+        case NewerThan(age, time_of):
+            kept = (info for info, _ in rule.keeps(infos, now))
+            return (info for info in kept if info.manifest and time_of(info.manifest.time) + age <= until)
         case Best():
             return (info for info, _ in rule.keeps(infos, now))
     return infos

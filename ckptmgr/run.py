@@ -9,18 +9,28 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import takewhile
 
+from .clock import SafeClock
 from .config import CheckpointConfig
-from .errors import AlreadyExistsError, CheckpointError, ConfigError, DamagedError, NotFoundError
-from .listing import Listing
+from .errors import (
+    AlreadyExistsError,
+    CheckpointError,
+    ConfigError,
+    DamagedError,
+    FencedError,
+    NotFoundError,
+    StoreError,
+)
+from .ledger import Ledger
+from .listing import Listing, current
 from .lock import WriterLock, acquire, last_writer
-from .manifest import CheckpointInfo, NameTemplate, Pin
+from .manifest import CheckpointInfo, NameTemplate
 from .repository import Repository
-from .retention import Best, Plan, plan
-from .rotation import Rotation
+from .retention import Best, NewerThan, Plan
 from .store import Store
 
 _log = logging.getLogger("ckptmgr.run")
@@ -39,22 +49,24 @@ class Run:
         self.parent: int | None = None  # the step that training goes on from
         self.steps: set[int] = set()  # those committed and sound, from the one that training goes on from
         self.is_begun = False
+        self.clock = SafeClock()
         self._config, self._takeover, self._read_only = config, takeover, read_only
         self._lock: WriterLock | None = None
+        self._unswept: int | None = None  # the attempt of one that was taken over, until a sweep has come to its end
         self._has_committed = False  # since it holds the lock
-        keep, rules = config.keep, config.keep_rules()
-        self._can_let_go = bool(rules) or keep.max_bytes is not None
-        self._rotation = Rotation(rules, min_good=keep.min_good, max_bytes=keep.max_bytes)
-        # What is there, by folder, and the records at the last plan: nobody else writes. None: to be read.
-        self._known: dict[str, CheckpointInfo] | None = None
-        self._records: tuple[list[Pin], dict[tuple[str, str], str]] | None = None
+        self._rules = [
+            replace(rule, time_of=self.clock.time_of) if isinstance(rule, NewerThan) else rule
+            for rule in config.keep_rules()
+        ]
+        self._ledger = Ledger(self.repository, self._rules, config.keep, self.clock, self.infos)
 
     # Reading
 
     def listing(self) -> Listing:
         """What is in the root now, to be read as far as it is asked for."""
         if self._lock is None:
-            return self.repository.listing()
+            return current(self.repository.listing)
+        self.repository.expel()
         return self.repository.listing(self.attempt if self._has_committed else self.attempt - 1)
 
     def newest_first(self, listing: Listing | None = None) -> Iterator[CheckpointInfo]:
@@ -93,7 +105,7 @@ class Run:
 
     def best(self, infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
         """The best by the first `keep.best`. Raises `ConfigError` when there is none in the config."""
-        rule = next((rule for rule in self._config.keep_rules() if isinstance(rule, Best)), None)
+        rule = next((rule for rule in self._rules if isinstance(rule, Best)), None)
         if rule is None:
             raise ConfigError('"best" needs a metric: set keep.best, such as keep: {best: {metric: loss, mode: min}}')
         sound = [info for info in infos if info.damaged is None]
@@ -102,15 +114,7 @@ class Run:
     def plan(self) -> Plan:
         """What the keep rules say of this run's checkpoints. One whose manifest can't be read is not
         judged: only a person can tell what it was."""
-        keep = self._config.keep
-        known = [info for info in self.infos() if info.manifest is not None]
-        return plan(
-            known,
-            self._config.keep_rules(),
-            now=datetime.now(UTC),
-            min_good=keep.min_good,
-            max_bytes=keep.max_bytes,
-        )
+        return self._ledger.judge(self.infos())
 
     # Becoming the writer
 
@@ -126,8 +130,16 @@ class Run:
                 floor = max(attempts, default=0)
             ttl_s = self._config.lease_ttl.total_seconds()
             self._lock = acquire(store, floor=floor, takeover=self._takeover, ttl_s=ttl_s)
-            self._has_committed, self._known = False, None
-            self.repository.sweep()
+            self._has_committed = False
+            self._ledger.forget()
+            if self._lock.is_takeover and self._unswept is None:
+                self._unswept = self.attempt - 1
+            try:
+                self.repository.sweep(self.check, attempt=self.attempt, since=self._unswept)
+            except BaseException:
+                self.release()
+                raise
+            self._unswept = None
         else:
             self.check()
 
@@ -140,6 +152,11 @@ class Run:
         """Raises `FencedError` when another writer has taken over."""
         if self._lock is not None:
             self._lock.check()
+
+    def check_quietly(self) -> None:
+        """The same, where it is no news that the store does not answer."""
+        with suppress(StoreError):
+            self.check()
 
     def begin(self, listing: Listing | None = None) -> None:
         """Start a new run in a root that holds no checkpoint, as a listing made by the writer may tell."""
@@ -154,7 +171,7 @@ class Run:
         self._begin_new([])
 
     def _begin_new(self, left: Iterable[CheckpointInfo]) -> None:
-        self._known = {info.name: info for info in left}
+        self._ledger.put(left)
         self.name = self.name or f"run-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         self.is_begun, self.parent, self.steps = True, None, set()
 
@@ -175,143 +192,150 @@ class Run:
         self.hold()
         self.name, self.parent, self.is_begun, self.steps = info.manifest.run, info.step, True, {info.step}
         # The keep rules judge all. Without any, those below this one need not be looked into.
-        infos = self.infos(listing) if self._can_let_go else self.newest_first(listing)
+        infos = self.infos(listing) if self._ledger.can_let_go else self.newest_first(listing)
         above = takewhile(lambda other: other.order > info.order, infos)
         newer = [other for other in above if other.damaged is None and other.name not in damaged]
         self._archive(newer)
         if newer:
             self.repository.point(info.name)
-        self._known = None
-        if self._can_let_go:
+        self._ledger.forget()
+        if self._ledger.can_let_go:
             gone = {other.name for other in newer}
-            self._known = {other.name: other for other in infos if other.name not in gone}
+            self._ledger.put(other for other in infos if other.name not in gone)
 
     def _archive(self, newest_first: Sequence[CheckpointInfo]) -> None:
         """Newest first: a crash on the way leaves an unbroken branch."""
         for info in newest_first:
-            self.repository.archive(info)
+            self.repository.archive(info, self.check)
 
     # Writing
 
     def known(self) -> list[CheckpointInfo]:
         """The run's checkpoints with their pins and known damage as they are now, newest first. What this
         writer knows is not read again."""
-        return self._with(*self.repository.records()) if self.is_begun else self.infos()
-
-    def _with(self, pins: list[Pin], marks: dict[tuple[str, str], str]) -> list[CheckpointInfo]:
-        if self._known is None:
-            self._known = {info.name: info for info in self.infos()}
-        by_name: dict[tuple[str, str], list[Pin]] = {}
-        for pin in pins:
-            by_name.setdefault((pin.name, pin.nonce), []).append(pin)
-        for info in self._known.values():
-            if info.manifest is not None:
-                key = (info.name, info.manifest.nonce)
-                held, damaged = tuple(by_name.get(key, ())), marks.get(key)
-                if (held, damaged) != (info.pins, info.damaged):
-                    self._known[info.name] = replace(info, pins=held, damaged=damaged)
-        return sorted(self._known.values(), key=lambda info: info.order, reverse=True)
+        return self._ledger.infos() if self.is_begun else self.infos()
 
     def committed(self, info: CheckpointInfo, *, replaces: bool) -> None:
         """After a commit, in its order: the pointer, what it replaces, the keep rules. A failure here
-        leaves more than was wanted, never less: a warning."""
+        leaves more than was wanted, never less: a warning. Raises `FencedError` when another writer has taken over."""
         self.parent = info.step
         self.steps.add(info.step)
         self._has_committed = True
-        if self._known is not None:
-            self._known[info.name] = info
+        self._ledger.add(info)
         try:
+            self.repository.expel()
             self.repository.point(info.name)
             if replaces:
                 now = datetime.now(UTC)
                 for old in self.known():
                     is_pinned = any(pin.holds(now) for pin in old.pins)
-                    if old.step == info.step and old.name != info.name and not is_pinned:
+                    # Of one whose manifest can't be read only a person can tell whose it is.
+                    if old.step == info.step and old.name != info.name and old.manifest and not is_pinned:
                         self.drop(old)
             self.rotate(info)
+        except FencedError:
+            raise
         except CheckpointError as exc:
-            self._known = None
+            self._ledger.forget()
             _log.warning("retention.failed step=%d url=%s cause=%s", info.step, self.url, exc)
 
     def retain(self) -> Plan:
         """Become the writer, and carry out what the keep rules say of what is in the root now."""
         self.hold()
-        self._known = None
-        made = self._judge()
+        self._ledger.forget()
+        made = self._ledger.plan()
         self._carry_out(made)
         return made
 
     def rotate(self, added: CheckpointInfo | None = None) -> None:
         """Carry out what the keep rules say of what this writer knows; `added` was committed since they were asked."""
-        if not self._can_let_go:
-            return
-        made = None
-        if added is not None and self._known is not None and self._records == self.repository.records():
-            made = self._rotation.plan_after(added, datetime.now(UTC))
-        made = made or self._judge()
-        if added is not None and made.drop:
-            others = (info for info in made.must if info.name != added.name)
-            if not all(map(self.repository.is_there, others)):
-                self._known = None  # somebody deleted what was to stay
-                made = self._judge()
-        self._carry_out(made)
+        if self._ledger.can_let_go:
+            self._carry_out(self._ledger.plan() if added is None else self._ledger.plan_after(added))
 
-    def _judge(self) -> Plan:
-        self._records = self.repository.records()
-        # Of one whose manifest can't be read only a person can tell what it was.
-        judged = [info for info in self._with(*self._records) if info.manifest is not None]
-        return self._rotation.plan(judged, datetime.now(UTC))
+    def spare(self) -> list[CheckpointInfo]:
+        """Those that can go when there is no room, the least worth first: all but the newest good one, `min_good` good
+        ones and the pinned."""
+        self.check()
+        made = self._ledger.sure(self._ledger.plan())
+        return [*(verdict.info for verdict in reversed(made.drop)), *made.spare]
 
     def _carry_out(self, made: Plan) -> None:
-        if made.drop:
-            self.check()
         for verdict in made.drop:
             _log.info("retention.drop step=%d why=%s", verdict.info.step, "; ".join(verdict.reasons))
         self._drop([verdict.info for verdict in made.drop])
 
-    def drop(self, *infos: CheckpointInfo) -> None:
-        """Delete checkpoints, and move the pointer when it named one of them."""
-        self._records = None  # the next plan is one of all
-        self._drop(infos)
+    def drop(self, *infos: CheckpointInfo) -> list[CheckpointInfo]:
+        """Delete checkpoints, and move the pointer when it named one of them; those that were pinned meanwhile
+        stay. Answers which ones went."""
+        self._ledger.forget_plan()
+        return self._drop(infos)
 
-    def _drop(self, infos: Sequence[CheckpointInfo]) -> None:
+    def drop_asked_for(self, *infos: CheckpointInfo) -> list[CheckpointInfo]:
+        """The same for what a person named: one whose manifest can't be read goes too, with its whole folder."""
+        self._ledger.forget_plan()
+        return self._drop(infos, with_folder=True)
+
+    def _drop(self, infos: Sequence[CheckpointInfo], *, with_folder: bool = False) -> list[CheckpointInfo]:
         if not infos:
-            return
-        known, self._known = self._known, None  # a failure on the way leaves who knows what
-        for info in infos:
-            self.repository.drop(info)
-            self.steps.discard(info.step)
-            if known is not None:
-                known.pop(info.name, None)
-        self._known = known
-        if self.repository.pointer() in {info.name for info in infos}:
+            return []
+        gone = []
+        try:
+            for info in infos:
+                has_none = with_folder and info.manifest is None
+                drop = self.repository.drop_folder if has_none else self.repository.drop
+                if not drop(info, self._may_go):
+                    _log.info("checkpoint.drop.pinned step=%d url=%s/%s", info.step, self.url, info.name)
+                    self._ledger.forget_plan()
+                    continue
+                gone.append(info)
+                self.steps.discard(info.step)
+                self._ledger.remove(info)
+        except BaseException:
+            self._ledger.forget()  # who knows how far it came
+            raise
+        if self.repository.pointer() in {info.name for info in gone}:
             newest = next((other for other in self.newest_first() if other.damaged is None), None)
             self.repository.point(None if newest is None else newest.name)
+        return gone
+
+    def _may_go(self, info: CheckpointInfo) -> bool:
+        """Asked when a checkpoint is about to go, and everyone can see that. Raises `FencedError`."""
+        self.check()
+        return not self.repository.is_held(info)
 
     # What people ask for
 
     def delete(self, step: int | str) -> None:
         """Delete one checkpoint. Raises `ConfigError` when it is pinned, or one of several of that step."""
-        self.hold()
-        infos = self.infos()
-        info = self.find(step, infos)
-        if len(meant := self.repository.find_all(step, infos)) > 1:
-            names = ", ".join(one.name for one in meant)
-            raise ConfigError(f"{step} in {self.url} is several checkpoints: {names}; delete one by its name")
-        if any(pin.holds(datetime.now(UTC)) for pin in info.pins):
-            raise ConfigError(f"step {info.step} in {self.url} is pinned; unpin({info.step}) first")
-        self.drop(info)
+        with self._holding():
+            infos = self.infos()
+            info = self.find(step, infos)
+            if len(meant := self.repository.find_all(step, infos)) > 1:
+                names = ", ".join(one.name for one in meant)
+                raise ConfigError(f"{step} in {self.url} is several checkpoints: {names}; delete one by its name")
+            if any(pin.holds(datetime.now(UTC)) for pin in info.pins) or not self.drop_asked_for(info):
+                raise ConfigError(f"step {info.step} in {self.url} is pinned; unpin({info.step}) first")
 
     def rewind(self, step: int | str) -> CheckpointInfo:
         """Archive what is newer than this one and go on from it. Raises `DamagedError`, with nothing changed."""
+        with self._holding():
+            listing = self.listing()
+            info = self.find(step, self.infos(listing))
+            if info.damaged is not None or info.manifest is None:
+                raise DamagedError(f"step {info.step} in {self.url} is damaged: {info.damaged}; rewind to another")
+            self.repository.open(info)
+            self.go_on_from(info, listing)
+            return info
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """A block of the writer's: what goes wrong in it may be that another one has taken over, and then says so."""
         self.hold()
-        listing = self.listing()
-        info = self.find(step, self.infos(listing))
-        if info.damaged is not None or info.manifest is None:
-            raise DamagedError(f"step {info.step} in {self.url} is damaged: {info.damaged}; rewind to another")
-        self.repository.open(info)
-        self.go_on_from(info, listing)
-        return info
+        try:
+            yield
+        except CheckpointError:
+            self.check_quietly()
+            raise
 
     def release(self) -> None:
         if self._lock is not None:

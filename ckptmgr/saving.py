@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .arena import staged_size
-from .background import Pending, Worker
+from .background import Ended, LeftOut, Pending, Worker
 from .committing import Committer
 from .config import CheckpointConfig
 from .coordinator import Coordinator
 from .copying import Copier
-from .errors import ConfigError
+from .errors import ConfigError, SaveFailedError, StoreFullError
 from .formats import open_format
 from .manifest import CheckpointInfo
 from .request import Request, State, as_mapping
@@ -53,6 +53,7 @@ class Saver:
         """Capture and copy the state, then have the worker write it. Every rank calls it. Blocks until training
         may change the state again; until the checkpoint is durable without `background`, or when the copy does
         not fit into memory. Rank 0 calls `check` before anything is captured; `after` is called when it has ended."""
+        self._committer.hurry()
         began = time.monotonic()
         save: WholeSave | ShardedSave | None = None
 
@@ -79,12 +80,16 @@ class Saver:
         is_background = save.take(answer, ranks)
         stall = time.monotonic() - began
 
-        def write() -> CheckpointInfo:
+        def write() -> Ended:
             nonlocal save
             assert save is not None
             try:
                 info = save.write(ranks)
             except Exception as exc:
+                if (left_out := self._left_out(request, exc)) is not None:
+                    if not ranks.rank:
+                        _log.warning("save.skip.full step=%d url=%s cause=%s", request.step, self._run.url, exc)
+                    return left_out
                 # The caller hears of it at its next call; a script that makes none has this line.
                 _log.error("save.failed step=%d url=%s cause=%s", request.step, self._run.url, exc)
                 _forget_state(exc)
@@ -101,6 +106,12 @@ class Saver:
             return info
 
         return worker.submit(request.step, self._run.url, write, after, in_background=is_background)
+
+    def _left_out(self, request: Request, error: Exception) -> LeftOut | None:
+        """What a save without room ends as, if it is not to fail."""
+        may_skip = request.may_skip and self._config.on_full == "skip"
+        is_full = isinstance(error, SaveFailedError) and isinstance(error.__cause__, StoreFullError)
+        return LeftOut(str(error)) if may_skip and is_full else None
 
     def _is_sharded(self, objects: Mapping[str, Any], ranks: Coordinator) -> bool:
         """Whether every rank writes its part: of sharded tensors, and of any with format `dcp`."""
@@ -156,8 +167,13 @@ class Saver:
         """The next save may share files with this checkpoint."""
         self._committer.goes_on_from(info)
 
+    def rest(self) -> None:
+        """Read no checkpoint back any more, until the next save. Blocks."""
+        self._committer.rest()
+
     def close(self) -> None:
         """Give the memory back. No save may be in flight."""
+        self.rest()
         self._copier.close()
 
 

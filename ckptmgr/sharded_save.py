@@ -90,10 +90,10 @@ class ShardedSave:
         that must write at once would raise at this call what the others hear of at a later one."""
 
         def copied() -> bool:
-            with self._committer.failing(self._request):
-                return self._is_copied(answer[ranks.rank])
+            return self._is_copied(answer[ranks.rank])
 
-        return ranks.patient.exchange(f"copy of step {self._request.step}", copied, all)
+        with self._committer.failing(self._request):
+            return ranks.patient.exchange(f"copy of step {self._request.step}", copied, all)
 
     def _is_copied(self, plan: RankPlan | None) -> bool:
         assert self._flat is not None
@@ -109,21 +109,31 @@ class ShardedSave:
 
     def write(self, ranks: Coordinator) -> CheckpointInfo:
         """On every rank: the committed checkpoint, when all have written their files. Blocks."""
-        what, request, committer = f"write of step {self._request.step}", self._request, self._committer
+        info = self._committer.in_room(self._request, ranks, lambda: self._attempt(ranks))
+        if not ranks.rank:
+            self._committer.committed(info, self._request)
+        return info
+
+    def _attempt(self, ranks: Coordinator) -> CheckpointInfo:
+        what, committer = f"write of step {self._request.step}", self._committer
         draft: Draft | None = None
 
-        def begun() -> tuple[str, str]:
+        def sizes() -> list[int]:
+            assert self._plan is not None
+            return [region.size for region in self._plan.regions.values()]
+
+        def begun(needs: Sequence[list[int]]) -> tuple[str, str]:
             nonlocal draft
-            with committer.failing(request):
-                draft = committer.begin(request)
+            draft = committer.begin(self._request)
+            with committer.aborting(draft):
+                draft.check_room(size for own in needs for size in own)
             return draft.name, draft.nonce
 
-        named = ranks.patient.first(what, begun)
+        named = ranks.patient.exchange(what, sizes, begun)
         own = draft or committer.join(*named)
 
         def mine() -> tuple[list[Row], dict[str, FileEntry]]:
-            with committer.failing(request):
-                return self._written(own), dict(own.entries)
+            return self._written(own), dict(own.entries)
 
         def decide(written: Sequence[tuple[list[Row], dict[str, FileEntry]]]) -> CheckpointInfo:
             assert self._about is not None
@@ -131,13 +141,10 @@ class ShardedSave:
             for _, entries in written[1:]:
                 own.adopt(entries)
             own.write({name: Whole(data) for name, data in finish(self._plans.index, [r for r, _ in written]).items()})
-            return committer.commit(own, self._about, request)
+            return committer.commit(own, self._about, self._request)
 
-        with committer.failing(request, draft):
-            info = ranks.patient.exchange(what, mine, decide)
-        if not ranks.rank:
-            committer.committed(info, request)
-        return info
+        with committer.aborting(draft):
+            return ranks.patient.exchange(what, mine, decide)
 
     def _written(self, draft: Draft) -> list[Row]:
         assert self._flat is not None

@@ -278,4 +278,4 @@ class _Hand:
 def _error(kind: str, text: str, errno: int | None) -> CheckpointError:
     """Another rank's error, on this one."""
     of_kind: type[CheckpointError] = getattr(errors, kind)
-    return StoreError(text, errno) if of_kind is StoreError else of_kind(text)
+    return of_kind(text, errno) if issubclass(of_kind, StoreError) else of_kind(text)

@@ -5,12 +5,12 @@ Every byte handed out was covered by a digest of the manifest first, unless the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from .errors import DamagedError
-from .manifest import MANIFEST_NAME, PIECE_SIZE, FileEntry, Manifest
+from .manifest import MANIFEST_NAME, PIECE_SIZE, FileEntry, Manifest, pieces
 from .memory import address, buffer, move
 from .ranged import RangedFile
 from .scatter import Wanted, damages, scatter
@@ -67,6 +67,16 @@ class Source:
         found |= {name: Problem(name, str(damaged[f.name])) for name, f in self.files.items() if f.name in damaged}
         return [found[name] for name in self.files if name in found]
 
+    def checks(self) -> Iterator[None]:
+        """Read every file, one piece of one file at each step. Raises `DamagedError` naming the first that is not
+        what was written."""
+        if problems := self.problems("size"):
+            raise DamagedError(f"{self.where}: {'; '.join(map(str, problems))}")
+        for name, file in self.files.items():
+            for begin, end in pieces(file.size):
+                self._scatter({name: [(begin, end, _nowhere)]}, digests=True)
+                yield
+
     def check(self, file: FileEntry) -> None:
         """Read a file of the manifest whole. Raises `DamagedError` when it is not what was written."""
         for damage in self._damages([file]).values():
@@ -81,8 +91,11 @@ class Source:
 
     def scatter(self, segments: Mapping[str, Sequence[Segment]]) -> None:
         """Read segments of files to where they go; see `formats.FileSource`. Raises `DamagedError`."""
+        self._scatter(segments, digests=self._digests)
+
+    def _scatter(self, segments: Mapping[str, Sequence[Segment]], *, digests: bool) -> None:
         wanted = [self._wanted(self._file(name), each) for name, each in segments.items()]
-        scatter(wanted, digests=self._digests, is_remote=self._is_remote)
+        scatter(wanted, digests=digests, is_remote=self._is_remote)
 
     def read(self, name: str) -> bytes:
         """A file whole, in memory. Raises `DamagedError`."""
@@ -99,6 +112,10 @@ class Source:
         if file is None:
             raise DamagedError(f"{self.where}/{MANIFEST_NAME} lists no file {name!r}")
         return file
+
+
+def _nowhere(offset: int, data: memoryview) -> None:
+    """Bytes that are read only to be checked."""
 
 
 class _CheckedFile(RangedFile):

@@ -14,7 +14,9 @@ import torch
 
 from .direct import load_file, reader
 from .errors import ConfigError, DamagedError, NotFoundError, StateMismatchError
+from .formats.state_file import refuse_unpacking
 from .manifest import MANIFEST_NAME
+from .reading import read_first
 from .repository import Repository
 from .resumption import Reader
 from .state.names import clean_names, pair
@@ -130,6 +132,7 @@ def _weights(url: str, entry: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _unpickled(file: BinaryIO, url: str) -> Any:
     try:
+        refuse_unpacking(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as exc:
         raise DamagedError(f"{url} is not a torch.save file that loads without running code: {exc}") from exc
@@ -145,19 +148,16 @@ def _from_checkpoint(url: str, entry: str, options: dict[str, Any]) -> Any:
         root, _, folder = root.rpartition("/")
         store = open_store(root or "/", options)
     repository = Repository(store)
-    infos = [info for info in repository.infos() if folder in (None, info.name)]
-    if not infos:
-        raise NotFoundError(f"no checkpoint in {url}; give a run's root, one checkpoint's folder, or a file of weights")
     source = Reader(repository, "fast", trust_pickle=False)
-    failure: DamagedError | None = None
-    for info in infos:
-        try:
-            return source.load(info, [entry], "cpu")[entry]
-        except DamagedError as exc:
-            failure = failure or exc
-            _log.warning("warm_start.skip.damaged step=%d cause=%s", info.step, exc)
-    assert failure is not None
-    raise failure
+    state = read_first(
+        repository,
+        lambda: [info for info in repository.infos() if folder in (None, info.name)],
+        lambda info: source.load(info, [entry], "cpu"),
+        lambda info, exc: _log.warning("warm_start.skip.damaged step=%d cause=%s", info.step, exc),
+    )
+    if state is None:
+        raise NotFoundError(f"no checkpoint in {url}; give a run's root, one checkpoint's folder, or a file of weights")
+    return state[entry]
 
 
 def _flat(value: Any, where: str) -> dict[str, Any]:

@@ -62,16 +62,18 @@ class WholeSave:
 
     def write(self, ranks: Coordinator) -> CheckpointInfo:
         """On every rank: the committed checkpoint, which rank 0 has written. Blocks."""
-        return ranks.patient.first(f"write of step {self._request.step}", self._written)
+        what = f"write of step {self._request.step}"
+        return self._committer.in_room(self._request, ranks, lambda: ranks.patient.first(what, self._written))
 
     def _written(self) -> CheckpointInfo:
         assert self._flat is not None
         assert self._plan is not None
         assert self._held is not None
         assert self._about is not None
-        with self._committer.failing(self._request):
-            draft = self._committer.begin(self._request)
-        with self._committer.failing(self._request, draft):
+        draft = self._committer.begin(self._request)
+        with self._committer.aborting(draft):
+            # A region without a name is no file that could be shared: it is written whole, here or there.
+            draft.check_room(region.size for name, region in self._plan.regions.items() if not name)
             self._plan.write(self._flat, self._held, self._committer.sink(draft))
             info = self._committer.commit(draft, self._about, self._request)
         self._committer.committed(info, self._request)

@@ -265,12 +265,12 @@ def test_one_error_lists_every_problem_with_source_key_what_was_given_and_what_i
 
 def test_a_section_that_is_no_mapping_says_which_keys_it_takes(write: Any) -> None:
     assert problems(write("root: x\nverify: fast\n")) == [
-        "run.yaml: verify: 'fast' given; must be a mapping with some of: on_save, on_resume"
+        "run.yaml: verify: 'fast' given; must be a mapping with some of: on_save, on_resume, scrub"
     ]
 
 
 def test_an_unknown_key_that_resembles_none_lists_what_is_allowed() -> None:
-    assert problems("x", verify={"zzz": 1}) == ["argument: verify.zzz: unknown key; allowed: on_save, on_resume"]
+    assert problems("x", verify={"zzz": 1}) == ["argument: verify.zzz: unknown key; allowed: on_save, on_resume, scrub"]
 
 
 def test_a_list_of_bests_says_which_one_is_wrong() -> None:

@@ -16,7 +16,7 @@ import torch
 from ckptmgr import direct
 from ckptmgr.direct import load_file, reader, safe_open, save_file, writer
 from ckptmgr.errors import ConfigError, DamagedError, NotFoundError, StateMismatchError, StoreError
-from ckptmgr.testing import MemoryStore
+from ckptmgr.testing import Call, MemoryStore, SystemCalls
 from ckptmgr.testing.format_cases import CASES, same
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -399,6 +399,22 @@ def test_a_file_that_was_closed_gives_no_more(remote: CountingStore, tmp_path: P
             pass
         with pytest.raises(ValueError, match="closed"):
             file.get_tensor("b")
+
+
+@pytest.mark.parametrize("size", [4, 1 << 20])
+def test_a_file_that_is_deleted_while_it_is_loaded_is_loaded_whole(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    expected = {"w": torch.arange(float(size))}
+    save_file(expected, path)
+
+    def delete(call: Call) -> None:
+        if call.name == "open_read":
+            path.unlink(missing_ok=True)
+
+    with SystemCalls(tmp_path, after=delete, reads=True):
+        found = load_file(path)
+    assert not path.exists()
+    assert torch.equal(expected["w"], found["w"])
 
 
 def test_a_missing_key_is_named_with_those_there(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_the_newest_is_found_by_one_manifest_among_thousands() -> None:
     store.gets.clear()
     store.lists.clear()
     assert newest(Repository(store)) == "step-00002000"
-    assert store.gets == ["step-00002000/manifest.json"]
+    assert store.gets == ["latest", "step-00002000/manifest.json"]  # it may name what the listing lacks
     assert store.lists == ["", ".ckptmgr", ".ckptmgr/lease"]
 
 
@@ -167,10 +167,10 @@ def test_before_a_writers_first_commit_everything_is_read_by_all_but_the_writer(
     acquire(store).release()
     store.gets.clear()
     assert newest(Repository(store)) == "step-00000040"
-    assert len(store.gets) == 40
+    assert len(store.gets) == 41  # with the pointer
     store.gets.clear()
     assert next(Repository(store).listing(last_attempt=1).newest_first()).step == 40
-    assert len(store.gets) == 1
+    assert len(store.gets) == 2
 
 
 def test_a_checkpoint_of_an_attempt_that_nobody_claimed_has_everything_read() -> None:
@@ -264,3 +264,68 @@ def test_pins_and_marks_are_those_of_the_same_save() -> None:
     store.put("step-00000001/manifest.json", replace(manifest(1), nonce="0123456789abcdef").to_json())
     (other,) = repository.infos()
     assert (other.pins, other.damaged) == ((), None)
+
+
+# Folders without a manifest
+
+OURS = b'{"format_version":1,"format":"raw","notes":{}}'
+
+
+@pytest.fixture
+def rewound() -> Counting:
+    """A root of 40 checkpoints, of which all but the first were archived."""
+    store = Counting()
+    fill(store, range(1, 41))
+    for step in range(1, 41):
+        store.put(f"step-{step:08d}/state.json", OURS)
+    repository = Repository(store)
+    for info in repository.infos()[:-1]:
+        repository.archive(info)
+    store.gets.clear()
+    store.lists.clear()
+    return store
+
+
+def test_what_was_archived_costs_a_listing_no_look_into_its_folder(rewound: Counting) -> None:
+    assert [info.step for info in Repository(rewound).infos()] == [1]
+    assert [folder for folder in rewound.lists if folder.startswith("step-")] == []
+    assert len(rewound.lists) <= 6
+    assert len(rewound.gets) <= 42
+
+
+def test_one_that_has_lost_its_manifest_among_the_archived_is_told_of_and_alone_looked_into(rewound: Counting) -> None:
+    rewound.put("step-00000041/state.json", OURS)
+    assert [(info.step, info.damaged) for info in Repository(rewound).infos()] == [
+        (41, "manifest.json is missing"),
+        (1, None),
+    ]
+    assert {folder for folder in rewound.lists if folder.startswith("step-")} == {"step-00000041"}
+
+
+def test_without_a_folder_that_lacks_a_manifest_no_record_of_one_is_read() -> None:
+    store = Counting()
+    fill(store, range(1, 4))
+    Repository(store).infos()
+    assert store.lists == ["", ".ckptmgr"]
+
+
+@pytest.mark.parametrize(
+    "data", [b"{}", b"", b"[1]", b'{"format_version":1}', b'{"best": {"format_version":1,"format":"x"}}']
+)
+def test_a_folder_of_somebody_elses_with_a_state_json_is_no_checkpoint(data: bytes) -> None:
+    store = Counting()
+    fill(store, [1])
+    store.put("step-00000500/state.json", data)
+    store.put("step-00000501/0123456789abcdef/state.json", data)
+    assert [info.name for info in Repository(store).infos()] == ["step-00000001"]
+
+
+def test_a_root_whose_foreign_folders_come_and_go_for_ever_is_listed_all_the_same() -> None:
+    class Churning(Counting):
+        def list(self, folder: str = "", *, recursive: bool = False):  # type: ignore[no-untyped-def]
+            self.put(f"job-{len(self.lists)}/log.txt", b"")
+            return super().list(folder, recursive=recursive)
+
+    store = Churning()
+    assert Repository(store).infos() == []
+    assert len(store.lists) < 100

@@ -181,7 +181,8 @@ def test_a_deletion_is_durable_in_the_folder_that_stays(store: LocalStore, calls
         store.put(key, b"1")
     calls.clear()
     store.delete(["a/b/one", "a/b/two", "keep/missing"])
-    assert calls == ["fsync root"]
+    # Also where it was gone already: whoever removed it may have died before that was durable.
+    assert sorted(calls) == ["fsync root", "fsync root/keep"]
     assert _everything(root) == ["keep", "keep/three"]
     store.delete(["keep/three"])
     assert root.is_dir()

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from ckptmgr import lock as lock_module
-from ckptmgr.errors import FencedError, StoreError
+from ckptmgr.errors import AlreadyExistsError, FencedError, StoreError, StoreFullError
 from ckptmgr.lock import FileLock, Lease, acquire, last_writer
+from ckptmgr.owner import is_alive, sealed
 from ckptmgr.store.local import LocalStore
-from ckptmgr.testing import MemoryStore
+from ckptmgr.testing import Call, MemoryStore, PausingStore, SystemCalls
 
 
 @pytest.fixture(params=["flock", "lease"])
@@ -80,8 +81,8 @@ def test_a_number_is_on_the_disk_before_the_lock_is_had(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "fsync", fsync)
     FileLock(tmp_path, floor=6, takeover=False).release()
-    assert [name for name, _ in synced] == ["lock", ".ckptmgr"]
-    assert json.loads(synced[0][1])["attempt"] == 7
+    assert [name for name, _ in synced][-2:] == ["lock", ".ckptmgr"]
+    assert json.loads(synced[-2][1])["attempt"] == 7
 
 
 def test_a_takeover_fences_the_old_writer(store: Any) -> None:
@@ -160,6 +161,49 @@ def test_an_unwritable_root_is_a_store_error_with_the_way_out(tmp_path: Path, mo
         acquire(LocalStore(tmp_path))
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_keeps_the_number_of_the_writer_before_and_says_that_it_is_full(code: int, tmp_path: Path) -> None:
+    acquire(LocalStore(tmp_path), floor=6).release()
+
+    def full(call: Call) -> None:
+        if call.name == "write":
+            raise OSError(code, os.strerror(code))
+
+    with SystemCalls(tmp_path, full), pytest.raises(StoreFullError, match=r"lock \([0-9,]+ bytes free\)") as caught:
+        acquire(LocalStore(tmp_path))
+    assert caught.value.errno == code
+    assert "owner" not in str(caught.value)
+    assert last_writer(LocalStore(tmp_path)) == 7
+
+
+def test_a_lock_is_never_without_a_number_while_it_is_written(tmp_path: Path) -> None:
+    """Over a longer record too, and where the system takes less than it is given."""
+    path = tmp_path / ".ckptmgr" / "lock"
+    path.parent.mkdir()
+    path.write_bytes(sealed({"host": "h" * 900, "attempt": 7}))
+    seen = []
+
+    def look(call: Call) -> None:
+        if call.path.endswith("lock"):
+            seen.append((call.name, last_writer(LocalStore(tmp_path))))
+
+    with SystemCalls(tmp_path, after=look):
+        acquire(LocalStore(tmp_path)).release()
+    assert {number for _, number in seen} <= {7, 8}
+    assert ("write", 8) in seen
+    parts = []
+
+    def short(call: Call) -> int | None:
+        if call.name == "write":
+            parts.append(call.size)
+        return call.size // 2 if len(parts) == 1 else None
+
+    with SystemCalls(tmp_path, short):
+        acquire(LocalStore(tmp_path)).release()
+    assert len(parts) == 2
+    assert last_writer(LocalStore(tmp_path)) == 9
+
+
 def test_a_file_system_without_flock_gets_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -173,7 +217,7 @@ def test_a_file_system_without_flock_gets_a_lease(tmp_path: Path, monkeypatch: p
 
 
 def test_the_lock_is_never_taken_on_a_replaced_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([False, True, True])
+    answers = iter([False, True, True, True])
     monkeypatch.setattr(FileLock, "_is_current", lambda self, fd: next(answers))
     lock = FileLock(tmp_path, floor=0, takeover=False)
     lock.check()
@@ -291,8 +335,10 @@ def test_without_the_clock_of_the_store_the_heartbeat_says_its_own_time() -> Non
     first = Lease(store, floor=0, takeover=False, ttl_s=60, now=lambda: now)
     with pytest.raises(FencedError):
         Lease(store, floor=0, takeover=False, ttl_s=60, now=lambda: now + timedelta(seconds=59))
-    second = Lease(store, floor=0, takeover=False, ttl_s=60, now=lambda: now + timedelta(seconds=61))
-    assert second.attempt == 2
+    pauses: list[float] = []
+    later = now + timedelta(seconds=61)
+    second = Lease(store, floor=0, takeover=False, ttl_s=60, now=lambda: later, pause=pauses.append)
+    assert (second.attempt, pauses) == (2, [5.0] * 5)  # longer than between two heartbeats
     store.put(".ckptmgr/lease/0000000002.beat", b"not json")
     with pytest.raises(FencedError):
         Lease(store, floor=0, takeover=False, ttl_s=60, now=lambda: now + timedelta(days=9))
@@ -330,3 +376,94 @@ def test_a_release_that_cannot_be_written_is_a_warning(caplog: pytest.LogCapture
 
     Lease(Full(), floor=0, takeover=False, ttl_s=60).release()
     assert "lease.release.failed" in caplog.text
+
+
+def test_one_handler_for_forks_serves_all_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[object] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **callbacks: registered.append(callbacks))
+    for _ in range(3):
+        acquire(LocalStore(tmp_path, fsync=False)).release()
+    assert registered == []
+
+
+def test_of_two_that_take_over_at_once_each_has_a_number_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = FileLock(tmp_path, floor=0, takeover=False)
+    real, faster = FileLock._put_out, list[FileLock]()
+
+    def put_out(self: FileLock) -> int:
+        if not faster:
+            faster.append(None)  # type: ignore[arg-type]
+            faster[0] = FileLock(tmp_path, floor=0, takeover=True)
+        return real(self)
+
+    monkeypatch.setattr(FileLock, "_put_out", put_out)
+    slower = FileLock(tmp_path, floor=0, takeover=True)
+    assert (old.attempt, faster[0].attempt, slower.attempt) == (1, 2, 3)
+    slower.check()
+    for fenced in (old, faster[0]):
+        with pytest.raises(FencedError):
+            fenced.check()
+    slower.release()
+
+
+def test_a_process_that_nobody_has_waited_for_is_dead() -> None:
+    store = MemoryStore()
+    lock = acquire(store)
+    process = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read()  # until it has ended
+    claim = ".ckptmgr/lease/0000000001.json"
+    owner = {**json.loads(store.get(claim)), "pid": process.pid, "born": None}
+    while is_alive(owner):
+        threading.Event().wait(0.01)
+    store.put(claim, json.dumps(owner).encode())
+    acquire(store).release()
+    process.stdout.close()
+    process.wait()
+    lock.release()
+
+
+def test_a_pid_that_is_another_process_by_now_is_dead() -> None:
+    store = MemoryStore()
+    acquire(store).release()
+    claim = ".ckptmgr/lease/0000000001.json"
+    store.put(".ckptmgr/lease/0000000001.beat", b'{"released": false}')
+    store.put(claim, json.dumps({**json.loads(store.get(claim)), "pid": os.getppid(), "born": "1"}).encode())
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("no /proc says when a process was born")
+    acquire(store).release()
+
+
+def test_a_writer_that_was_frozen_while_it_claimed_is_refused_before_it_touches_anything() -> None:
+    store = MemoryStore(can_rename=False)
+    acquire(store).release()
+
+    def others() -> None:
+        acquire(store).release()
+        acquire(store).release()
+
+    frozen = PausingStore(store)
+    acquire(frozen).release()
+    for at in range(1, frozen.count + 1):
+        pausing = PausingStore(store, at, others)
+        try:
+            lock = acquire(pausing)
+            lock.check()
+        except FencedError:
+            continue
+        assert lock.attempt == last_writer(store)
+        lock.release()
+
+
+def test_the_claim_of_an_object_store_whose_answer_was_lost_is_ones_own() -> None:
+    class Lossy(MemoryStore):
+        def put(self, key: str, data: Any, *, create: bool = False) -> None:
+            super().put(key, data, create=create)
+            if create:
+                raise AlreadyExistsError(key)  # to the second request
+
+    lock = acquire(Lossy())
+    lock.check()
+    lock.release()

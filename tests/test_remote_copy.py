@@ -11,9 +11,11 @@ import oss2
 import pytest
 from servers import Bucket
 from servers.faults import Fault
+from servers.patience import impatient
 
 from ckptmgr.errors import StoreError
 from ckptmgr.store import multipart, open_store
+from ckptmgr.store.remote import FsspecStore
 
 if TYPE_CHECKING:
     from servers.faults import HttpServer
@@ -35,20 +37,6 @@ def data() -> bytes:
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Anything above 5 MiB is large."""
     monkeypatch.setattr(multipart, "_COPIED_AT_ONCE", _PART)
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No client waits between its tries."""
-    import asyncio
-    import time
-
-    async def at_once(delay: float, result: object = None) -> object:
-        return await real(0, result)
-
-    real = asyncio.sleep
-    monkeypatch.setattr(asyncio, "sleep", at_once)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
 @pytest.fixture(params=["s3", "oss"])
@@ -93,10 +81,9 @@ def test_seaweed_copies_in_parts(s3_seaweed: Bucket, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("match", [r"PUT .*partNumber=2", r"POST .*uploadId="])
-@pytest.mark.usefixtures("impatient")
 def test_a_copy_that_fails_half_way_leaves_nothing(parted: tuple[Bucket, HttpServer], data: bytes, match: str) -> None:
     bucket, server = parted
-    store = open_store(f"{bucket.url}/runs", bucket.options)
+    store = FsspecStore(f"{bucket.url}/runs", bucket.options, impatient(30))
     store.put("old", data)
     server.faults.append(Fault(match, status=500, count=_BROKEN))
     with pytest.raises(StoreError, match=r"could not copy .*runs/old"):

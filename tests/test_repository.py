@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ from ckptmgr.errors import (
     NotFoundError,
     StoreError,
 )
+from ckptmgr.litter import litter
 from ckptmgr.manifest import PIECE_SIZE, CheckpointInfo, FileEntry, Manifest, NameTemplate, digest, guessed_step
 from ckptmgr.repository import Repository
 from ckptmgr.store import Store
 from ckptmgr.store.local import LocalStore
-from ckptmgr.testing import MemoryStore
+from ckptmgr.testing import Call, MemoryStore, SystemCalls
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -410,6 +413,8 @@ def test_a_refused_folder_is_passed_over_only_where_its_name_is_not_ours(
     info = commit(repository, 1)
     if name == "other" and code not in (errno.EIO, None):
         assert repository.infos() == [info]
+    elif code in (errno.EISDIR, errno.ENOTDIR):  # what is no file is no manifest that could be read some day
+        assert repository.infos() == [CheckpointInfo(name, 3, None, "refused", attempt=1), info]
     else:
         with pytest.raises(StoreError, match="refused"):
             repository.infos()
@@ -517,11 +522,15 @@ def test_drop_deletes_what_the_manifest_names_and_nothing_else(repository: Repos
     assert keys(repository.store) == {f"{info.name}/eval.txt"}
 
 
-def test_drop_of_an_unreadable_one_takes_its_folder(repository: Repository) -> None:
+def test_only_the_drop_of_a_folder_takes_one_that_cannot_be_read_and_asks_first(repository: Repository) -> None:
     info = commit(repository, 3)
     repository.store.put(f"{info.name}/manifest.json", b"torn")
     (torn,) = repository.infos()
-    repository.drop(torn)
+    with pytest.raises(DamagedError, match="can only go with its whole folder"):
+        repository.drop(torn)
+    assert not repository.drop_folder(torn, lambda info: False)
+    assert repository.infos() == [torn]
+    assert repository.drop_folder(torn)
     assert keys(repository.store) == set()
 
 
@@ -639,7 +648,8 @@ def test_one_whose_manifest_cannot_be_read_keeps_its_pins_and_gets_no_new_one(re
     assert torn.tags == ("paper",)
     with pytest.raises(DamagedError, match="can't be pinned"):
         repository.pin(torn, "other")
-    repository.drop(torn)
+    assert repository.is_held(torn)
+    repository.drop_folder(torn)
     assert keys(repository.store) == set()
 
 
@@ -896,3 +906,95 @@ def test_a_template_with_epoch_needs_one() -> None:
 def test_a_runs_name_that_gives_no_folder_of_ours_is_refused(run: str) -> None:
     with pytest.raises(ConfigError, match="no dot in front"):
         NameTemplate("{run}-{step}").format(1, None, run)
+
+
+# Manifest mode on a disk that fails
+
+
+def _failing(root: Path, fails: Callable[[Call], bool], code: int) -> SystemCalls:
+    def before(call: Call) -> None:
+        if fails(call):
+            raise OSError(code, os.strerror(code))
+
+    return SystemCalls(root, before)
+
+
+def test_a_commit_whose_folder_could_not_be_made_durable_is_no_success(tmp_path: Path) -> None:
+    """From the failed fsync on the file system is read-only: the manifest that can be read may be gone tomorrow."""
+    repository = Repository(LocalStore(tmp_path), commit="manifest")
+    draft = repository.begin(1, None, "run")
+    with draft.create("a.bin") as file:
+        file.write(b"a")
+    broken = []
+
+    def fails(call: Call) -> bool:
+        is_link = any(one.name == "link" and one.target.endswith("/manifest.json") for one in calls.log)
+        if is_link and call.name == "sync_folder":
+            broken.append(call)
+        return bool(broken) and call.name != "close"
+
+    with _failing(tmp_path, fails, errno.EROFS) as calls, pytest.raises(StoreError, match="read-only"):
+        draft.commit(about(1))
+
+
+def test_one_failed_fsync_of_a_commit_is_made_up_for(tmp_path: Path) -> None:
+    repository = Repository(LocalStore(tmp_path), commit="manifest")
+    draft = repository.begin(1, None, "run")
+    failed = []
+
+    def fails(call: Call) -> bool:
+        is_it = call.name == "sync_folder" and call.path == draft.name and not failed
+        failed.extend([call] if is_it else [])
+        return is_it
+
+    with _failing(tmp_path, fails, errno.EIO) as calls:
+        info = draft.commit(about(1))
+    assert failed
+    assert repository.infos() == [info]
+    assert [call.path for call in calls.log if call.name == "sync_folder"].count(info.name) >= 1
+
+
+def _full(call: Call) -> bool:
+    return call.name == "write" or (call.name == "create" and call.path.startswith(".ckptmgr"))
+
+
+@pytest.mark.parametrize("since", [None, 1])
+def test_a_full_disk_stops_no_sweep(tmp_path: Path, since: int | None) -> None:
+    repository = Repository(LocalStore(tmp_path), commit="manifest")
+    info = commit(repository, 1)
+    assert info.manifest is not None
+    repository.store.put(f".ckptmgr/drafts/{info.name}.{info.manifest.nonce}", b"")
+    draft = repository.begin(2, None, "run")
+    with draft.create("a.bin") as file:
+        file.write(b"a")
+    with _failing(tmp_path, _full, errno.ENOSPC) as calls:
+        repository.sweep(attempt=2, since=since)
+    assert info.name in [call.path for call in calls.log if call.name == "sync_folder"]
+    assert repository.infos() == [info]
+    assert {key for key in keys(repository.store) if draft.nonce in key} == (
+        set() if since is None else {f".ckptmgr/drafts/{draft.name}.{draft.nonce}.fenced"}
+    )
+
+
+def test_a_draft_that_can_not_even_be_closed_stays_and_is_no_checkpoint_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    repository = Repository(LocalStore(tmp_path), commit="manifest")
+    draft = repository.begin(2, None, "run")
+    with draft.create("a.bin") as file:
+        file.write(b"a")
+    follower = Repository(LocalStore(tmp_path), commit="manifest")
+    with _failing(tmp_path, lambda call: _full(call) or call.name == "link", errno.ENOSPC):
+        assert follower.sweep(attempt=2, since=1) == 0
+    assert "draft.sweep.kept" in caplog.text
+    draft.commit(about(2))
+    follower.expel()
+    assert follower.infos() == []
+
+
+def test_notes_of_closed_drafts_are_litter_that_can_be_seen() -> None:
+    repository = Repository(MemoryStore(can_rename=False))
+    draft = repository.begin(2, None, "run")
+    repository.sweep(attempt=2, since=1)
+    found = [(one.kind, one.key, one.bytes) for one in litter(repository)]
+    assert found == [("fence", f".ckptmgr/drafts/{draft.name}.{draft.nonce}.fenced", 0)]

@@ -6,6 +6,7 @@ import enum
 import gc
 import json
 import random
+import shutil
 import sys
 import types
 import weakref
@@ -536,3 +537,35 @@ def test_without_garbage_collection_nothing_of_a_state_stays_alive(tmp_path: Pat
     finally:
         if was_on:
             gc.enable()
+
+
+def test_a_newest_checkpoint_that_was_deleted_whole_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with CheckpointManager(tmp_path, background=False, fsync=False) as mgr:
+        mgr.resume()
+        for step in (1, 2):
+            mgr.save({"x": step}, step)
+    shutil.rmtree(tmp_path / "step-00000002")
+    with CheckpointManager(tmp_path, read_only=True) as reader:
+        assert reader.resume(step=1).step == 1
+        assert "newest_gone" not in caplog.text
+        assert reader.resume().step == 1
+    assert caplog.text.count("resume.newest_gone") == caplog.text.count(f"{tmp_path}/step-00000002") == 1
+    caplog.clear()
+    shutil.rmtree(tmp_path / "step-00000001")
+    with CheckpointManager(tmp_path, read_only=True) as reader:
+        assert not reader.resume()
+    assert caplog.text.count("resume.newest_gone") == 1
+
+
+def test_nothing_is_told_of_a_newest_checkpoint_that_is_there_or_was_deleted_through_the_manager(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for turn in range(3):
+        with CheckpointManager(tmp_path, background=False, fsync=False) as mgr:
+            mgr.resume()
+            mgr.save({"x": turn}, 2 * turn + 1)
+            mgr.save({"x": turn}, 2 * turn + 2)
+            mgr.delete(2 * turn + 2)
+    assert "newest_gone" not in caplog.text

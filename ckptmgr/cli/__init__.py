@@ -13,6 +13,7 @@ from .benchmark import bench
 from .configuration import config
 from .deletion import prune, rm
 from .failures import GuardedGroup
+from .garbage import gc
 from .listing import latest, ls, show
 from .pinning import pin, unpin
 from .verification import verify
@@ -49,5 +50,5 @@ def main() -> None:
     """
 
 
-for _command in (ls, show, latest, verify, prune, pin, unpin, rm, config, bench):
+for _command in (ls, show, latest, verify, prune, pin, unpin, rm, gc, config, bench):
     main.add_command(_command)

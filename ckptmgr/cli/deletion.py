@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from ..retention import Plan
     from ..run import Run
 
-_yes_option = click.option("--yes", "-y", is_flag=True, help="Go ahead without asking.")
+yes_option = click.option("--yes", "-y", is_flag=True, help="Go ahead without asking.")
 
 
 @contextmanager
-def _holding(run: Run) -> Iterator[None]:
+def holding(run: Run) -> Iterator[None]:
     """The writer's lock for the length of a block. Raises `FencedError` naming the holder."""
     run.hold()
     try:
@@ -33,11 +33,11 @@ def _holding(run: Run) -> Iterator[None]:
         run.release()
 
 
-def _confirm(question: str, yes: bool) -> bool:
+def confirm(question: str, yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise click.UsageError("this deletes checkpoints and there is no terminal to ask: give --yes to go ahead")
+        raise click.UsageError("this deletes, and there is no terminal to ask: give --yes to go ahead")
     return click.confirm(f"{question}?", err=True)
 
 
@@ -76,7 +76,7 @@ def _best(_: click.Context, __: click.Parameter, texts: Sequence[str]) -> list[d
 @click.option("--max-bytes", metavar="SIZE", help="Then drop until all fit in this, such as 500GB.")
 @click.option("--archived", is_flag=True, help="Delete what rewinds put aside, and nothing else.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go, and why.")
-@_yes_option
+@yes_option
 def prune(root: Root, archived: bool, dry_run: bool, yes: bool, as_json: bool, **keep: Any) -> None:
     """Delete what no keep rule keeps.
 
@@ -95,14 +95,15 @@ def prune(root: Root, archived: bool, dry_run: bool, yes: bool, as_json: bool, *
     plan = run.plan()
     if not as_json:
         _print_plan(plan)
-    is_wanted = bool(plan.drop) and not dry_run and _confirm(f"Delete {count_text(len(plan.drop))}", yes)
+    is_wanted = bool(plan.drop) and not dry_run and confirm(f"Delete {count_text(len(plan.drop))}", yes)
     dropped: list[CheckpointInfo] = []
     if is_wanted:
         shown = {_identity(verdict.info) for verdict in plan.drop}
-        with _holding(run):
+        with holding(run):
             # Planned again, now that nobody else writes; what was not shown does not go.
-            dropped = [verdict.info for verdict in run.plan().drop if _identity(verdict.info) in shown]
-            run.drop(*dropped)
+            chosen = [verdict.info for verdict in run.plan().drop if _identity(verdict.info) in shown]
+            dropped = run.drop(*chosen)
+            _tell_kept(chosen, dropped)
     freed = sum(map(size_of, dropped))
     if as_json:
         print_json(
@@ -116,7 +117,7 @@ def prune(root: Root, archived: bool, dry_run: bool, yes: bool, as_json: bool, *
             }
         )
     elif not dry_run:
-        click.echo(f"deleted {count_text(len(dropped))}, {size_text(freed)}" if is_wanted else "nothing was deleted")
+        click.echo(f"deleted {count_text(len(dropped))}, {size_text(freed)}" if dropped else "nothing was deleted")
 
 
 def _identity(info: CheckpointInfo) -> tuple[str, str]:
@@ -162,11 +163,11 @@ def _prune_archived(root: Root, *, dry_run: bool, yes: bool, as_json: bool) -> N
         for aside in asides:
             click.echo(f"archived  {plain(aside.name)}  {size_text(aside.manifest.size)}")
         click.echo(f"{count_text(len(asides), 'archived checkpoint')}")
-    is_wanted = bool(asides) and not dry_run and _confirm("Delete their data for good", yes)
+    is_wanted = bool(asides) and not dry_run and confirm("Delete their data for good", yes)
     dropped = []
     if is_wanted:
         shown = {aside.key for aside in asides}
-        with _holding(run):
+        with holding(run):
             dropped = [aside for aside in run.repository.archived() if aside.key in shown]
             for aside in dropped:
                 run.repository.drop_archived(aside)
@@ -193,7 +194,7 @@ def _prune_archived(root: Root, *, dry_run: bool, yes: bool, as_json: bool) -> N
 @root_command
 @click.argument("steps", nargs=-1, required=True, metavar="STEP...")
 @click.option("--force", is_flag=True, help="Delete even the last good checkpoint.")
-@_yes_option
+@yes_option
 def rm(root: Root, steps: tuple[str, ...], force: bool, yes: bool, as_json: bool) -> None:
     """Delete checkpoints by STEP.
 
@@ -202,21 +203,29 @@ def rm(root: Root, steps: tuple[str, ...], force: bool, yes: bool, as_json: bool
     """
     run = root.run()
     chosen = _chosen(root, run, steps, force)
-    names = ", ".join(plain(info.name) for info in chosen)
-    freed = sum(map(size_of, chosen))
-    is_wanted = _confirm(f"Delete {names} ({size_text(freed)})", yes)
+    is_wanted = confirm(f"Delete {_names(chosen)} ({size_text(sum(map(size_of, chosen)))})", yes)
+    dropped: list[CheckpointInfo] = []
     if is_wanted:
-        with _holding(run):
+        with holding(run):
             # Looked at again, now that nobody else writes: one may be pinned, or the last one, since.
             chosen = _chosen(root, run, [info.name for info in chosen], force)
-            run.drop(*chosen)
+            dropped = run.drop_asked_for(*chosen)
+            _tell_kept(chosen, dropped)
+    freed = sum(map(size_of, dropped))
     if as_json:
-        deleted = chosen if is_wanted else []
-        print_json(
-            {"url": root.store.url, "dropped": [info.name for info in deleted], "freed": sum(map(size_of, deleted))}
-        )
+        print_json({"url": root.store.url, "dropped": [info.name for info in dropped], "freed": freed})
     else:
-        click.echo(f"deleted {names}, {size_text(freed)}" if is_wanted else "nothing was deleted")
+        click.echo(f"deleted {_names(dropped)}, {size_text(freed)}" if dropped else "nothing was deleted")
+
+
+def _names(infos: Sequence[CheckpointInfo]) -> str:
+    return ", ".join(plain(info.name) for info in infos)
+
+
+def _tell_kept(chosen: Sequence[CheckpointInfo], dropped: Sequence[CheckpointInfo]) -> None:
+    """Say which ones stay all the same: a pin was put since they were chosen, or holds by the store's clock alone."""
+    if kept := [info for info in chosen if info not in dropped]:
+        click.echo(f"kept {_names(kept)}: pinned, ckptmgr unpin first", err=True)
 
 
 def _chosen(root: Root, run: Run, steps: Sequence[str], force: bool) -> list[CheckpointInfo]:
@@ -226,8 +235,7 @@ def _chosen(root: Root, run: Run, steps: Sequence[str], force: bool) -> list[Che
     for step in steps:
         info = run.find(step, infos)
         if len(same := run.repository.find_all(step, infos)) > 1:
-            names = ", ".join(plain(other.name) for other in same)
-            raise ConfigError(f"{step} could mean {names}: give the folder's name; nothing was deleted")
+            raise ConfigError(f"{step} could mean {_names(same)}: give the folder's name; nothing was deleted")
         by_name[info.name] = info
     now = datetime.now(UTC)
     for info in by_name.values():

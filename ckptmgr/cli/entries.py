@@ -15,7 +15,7 @@ from ..manifest import CheckpointInfo, FileEntry
 from ..source import Source
 from ..store import Store
 
-_STATE_NAME = "state.json"
+STATE_NAME = "state.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +32,10 @@ def entries_of(store: Store, info: CheckpointInfo) -> list[EntrySummary] | None:
     if info.manifest is None:
         return None
     source = Source(store, info.name, info.manifest)
-    if _STATE_NAME not in source.files:
+    if STATE_NAME not in source.files:
         return None
     try:
-        body = json.loads(source.read(_STATE_NAME))
+        body = json.loads(source.read(STATE_NAME))
         if "tensors" in body:
             return [_of_rows(name, tree, body["tensors"]) for name, tree in body["entries"].items()]
         return [_of_file(name, file, source.files) for name, file in body["files"].items()]

@@ -56,6 +56,8 @@ class GuardedGroup(click.Group):
             ctx.exit(_BROKEN_PIPE)
         except CheckpointError as exc:
             _fail(ctx, str(exc), next((code for kind, code in _CODES if isinstance(exc, kind)), _FAULT))
+        except MemoryError as exc:
+            _fail(ctx, f"not enough memory: {exc}".removesuffix(": "), dict(_CODES)[StoreError])
         except Exception as exc:  # noqa: BLE001 - the exit code 1 of an uncaught error would say "damage found"
             _fail(ctx, f"this is a fault in ckptmgr: {exc!r}; --debug shows where", _FAULT)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,11 +10,13 @@ import click
 
 from ..errors import NotFoundError
 from ..manifest import CheckpointInfo
+from ..records import Records
 from ..source import Problem
-from .entries import EntrySummary, entries_of
+from .entries import STATE_NAME, EntrySummary, entries_of
 from .roots import Root, root_command
 from .tables import (
     age_of,
+    age_text,
     count_text,
     marks_text,
     metrics_text,
@@ -26,14 +29,14 @@ from .tables import (
     state_of,
 )
 
-_COLUMNS = ("step", "epoch", "age", "size", "metrics", "state", "tags", "name", "latest")
+_COLUMNS = ("step", "epoch", "age", "size", "metrics", "state", "verified", "tags", "name", "latest")
 
 
 @click.command(epilog="\b\nExample:\n  ckptmgr ls s3://bucket/runs/digits --option endpoint_url=http://127.0.0.1:9000")
 @root_command
 def ls(root: Root, as_json: bool) -> None:
     """List the checkpoints under URL, newest first."""
-    infos, pointer = root.infos(), root.repository.pointer()
+    infos, pointer, times = root.infos(), root.repository.pointer(), Records(root.store).verified()
     total, damaged = sum(map(size_of, infos)), sum(state_of(info) == "damaged" for info in infos)
     if as_json:
         print_json(
@@ -43,12 +46,14 @@ def ls(root: Root, as_json: bool) -> None:
                 "count": len(infos),
                 "damaged": damaged,
                 "size": total,
-                "checkpoints": [record(info, root.url(info)) for info in infos],
+                "checkpoints": [
+                    record(info, root.url(info)) | {"verified": _iso(_when(info, times))} for info in infos
+                ],
             }
         )
         return
     now = datetime.now(UTC)
-    print_table(_COLUMNS, [_row(info, pointer, now) for info in infos], right=("step", "epoch", "age", "size"))
+    print_table(_COLUMNS, [_row(info, pointer, times, now) for info in infos], right=("step", "epoch", "age", "size"))
     click.echo(
         f"\n{count_text(len(infos))}, {size_text(total)}"
         + (f", {damaged} damaged" if damaged else "")
@@ -58,7 +63,9 @@ def ls(root: Root, as_json: bool) -> None:
         click.echo(f"ckptmgr: the pointer of {root.store.url} names {plain(pointer)!r}, which is not there", err=True)
 
 
-def _row(info: CheckpointInfo, pointer: str | None, now: datetime) -> tuple[str, ...]:
+def _row(
+    info: CheckpointInfo, pointer: str | None, times: Mapping[tuple[str, str], datetime], now: datetime
+) -> tuple[str, ...]:
     manifest = info.manifest
     return (
         str(info.step),
@@ -67,6 +74,7 @@ def _row(info: CheckpointInfo, pointer: str | None, now: datetime) -> tuple[str,
         "" if manifest is None else size_text(manifest.size),
         "" if manifest is None else metrics_text(manifest.metrics),
         state_of(info),
+        "" if (when := _when(info, times)) is None else age_text(now - when),
         marks_text(info, now),
         info.name,
         "<- latest" if info.name == pointer else "",
@@ -84,12 +92,29 @@ def show(root: Root, step: str, as_json: bool) -> None:
     """
     info = root.find(step)
     problems = root.repository.verify(info, "size")
-    entries = entries_of(root.store, info)
-    (_show_json if as_json else _show_text)(root.url(info), info, problems, entries)
+    entries = None if any(problem.file == STATE_NAME for problem in problems) else entries_of(root.store, info)
+    when = _when(info, Records(root.store).verified())
+    (_show_json if as_json else _show_text)(root.url(info), info, problems, entries, when)
 
 
-def _show_json(url: str, info: CheckpointInfo, problems: list[Problem], entries: list[EntrySummary] | None) -> None:
+def _when(info: CheckpointInfo, times: Mapping[tuple[str, str], datetime]) -> datetime | None:
+    """When all of its bytes were last read back, where that is recorded."""
+    return None if info.manifest is None else times.get((info.name, info.manifest.nonce))
+
+
+def _iso(when: datetime | None) -> str | None:
+    return None if when is None else when.isoformat()
+
+
+def _show_json(
+    url: str,
+    info: CheckpointInfo,
+    problems: list[Problem],
+    entries: list[EntrySummary] | None,
+    verified: datetime | None,
+) -> None:
     more: dict[str, Any] = {
+        "verified": _iso(verified),
         "state": "damaged" if problems else state_of(info),
         "problems": [{"file": problem.file, "what": problem.what} for problem in problems],
     }
@@ -108,7 +133,13 @@ def _show_json(url: str, info: CheckpointInfo, problems: list[Problem], entries:
     print_json(record(info, url) | more)
 
 
-def _show_text(url: str, info: CheckpointInfo, problems: list[Problem], entries: list[EntrySummary] | None) -> None:
+def _show_text(
+    url: str,
+    info: CheckpointInfo,
+    problems: list[Problem],
+    entries: list[EntrySummary] | None,
+    verified: datetime | None,
+) -> None:
     now, manifest = datetime.now(UTC), info.manifest
     pins = [
         ("" if pin.tag is None else f"{pin.tag}, ") + ("for ever" if pin.expires is None else f"until {pin.expires}")
@@ -119,6 +150,7 @@ def _show_text(url: str, info: CheckpointInfo, problems: list[Problem], entries:
         ("step", info.step),
         ("state", "damaged" if problems else state_of(info)),
         ("damage", info.damaged),
+        ("verified", None if verified is None else f"{verified.isoformat()} ({age_text(now - verified)})"),
         *(("problem", problem) for problem in problems if manifest is not None),
         ("tags", ", ".join(info.tags)),
         *(("pinned", pin) for pin in pins),

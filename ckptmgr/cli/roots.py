@@ -52,7 +52,10 @@ class Root:
     @functools.cached_property
     def store(self) -> Store:
         url, options = self.address
-        return open_store(url, options, fsync=self.config is None or self.config.fsync)
+        if self.config is None:
+            return open_store(url, options)
+        deadline_s = self.config.storage.deadline.total_seconds()
+        return open_store(url, options, fsync=self.config.fsync, deadline_s=deadline_s)
 
     @functools.cached_property
     def repository(self) -> Repository:

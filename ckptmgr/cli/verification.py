@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from ..manifest import MANIFEST_NAME, CheckpointInfo
+from ..manifest import CheckpointInfo
 from ..repository import Repository
 from ..source import Problem
 from ..store import Reader, Store
@@ -79,7 +79,10 @@ def verify(root: Root, step: str | None, level: str, every: bool, as_json: bool)
 
 def _verified(store: Store, metered: Repository, info: CheckpointInfo, level: str) -> _Finding:
     problems = metered.verify(info, level)
-    is_gone = bool(problems) and store.stat(f"{info.name}/{MANIFEST_NAME}") is None
+    if info.manifest is None:  # then the folder tells
+        is_gone = store.stat(f"{info.name}/") is None
+    else:
+        is_gone = bool(problems) and not metered.is_there(info)
     return _Finding(info, problems, is_gone)
 
 

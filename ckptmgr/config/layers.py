@@ -25,6 +25,7 @@ Key: TypeAlias = tuple[str | int, ...]
 
 _VARIABLE = re.compile(r"(?P<escape>\$\$\{)|\$\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^}]*))?\}|(?P<broken>\$\{)")
 _HIDDEN = "storage"  # the section whose values are never shown
+_MOST_VALUES = 10_000
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -104,6 +105,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _count(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """How many values a node stands for: one with an alias counts wherever it stands. Raises `RecursionError`."""
+    if node not in known:
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        known[node] = 1 + sum(_count(part, known) for part in parts)
+    return known[node]
+
+
 def file_layer(path: Path) -> Layer:
     """The settings in a YAML file, with `${VAR}` and `${VAR:-default}` read from the environment.
 
@@ -112,7 +122,11 @@ def file_layer(path: Path) -> Layer:
     """
     source = str(path)
     try:
-        values = _Loader(path.read_text(encoding="utf-8")).get_single_data()
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is not None and _count(node, {}) > _MOST_VALUES:
+            raise ConfigError(f"{source}: has more than {_MOST_VALUES:,} values; its aliases (*) repeat too much")
+        values = None if node is None else loader.construct_document(node)
         problems: list[Problem] = []
         values = _interpolated(values, (), source, problems)
     except FileNotFoundError as exc:

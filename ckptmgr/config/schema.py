@@ -137,6 +137,9 @@ class VerifyConfig(_Section):
     """Before a save counts: off, size (sizes as the store reports them) or full (read everything back)."""
     on_resume: VerifyOnResume = "fast"
     """On restore: off, size, fast (digests of the bytes being read) or full (digests of every file first)."""
+    scrub: bool = False
+    """After each save, read an older checkpoint back in full, the one verified longest ago; it gives way to the next
+    save. What is damaged counts no more for keep."""
 
 
 class StorageConfig(_Section):
@@ -144,6 +147,10 @@ class StorageConfig(_Section):
 
     options: dict[str, Any] = Field(default={}, repr=False)
     """Passed to the fsspec filesystem as they are. Never shown, logged or stored."""
+    deadline: Duration = timedelta(minutes=10)
+    """How long one request to a store behind a network may take, its retries included: how long an outage a save or a
+    resume outlives. One part of a large file (16 to 512 MiB) is a request too. While a store is down, a tenth.
+    On filesystems other than S3, GCS and OSS no try is cut short: there it says when no other begins."""
 
 
 class RanksConfig(_Section):
@@ -190,6 +197,10 @@ class CheckpointConfig(_Section):
     """What a failed save does to the training: raise or warn."""
     max_failures: Count = 3
     """How many failed saves in a row on_error: warn tolerates before it raises."""
+    on_full: Literal["raise", "prune", "skip"] = "raise"
+    """What a save does when there is no room: raise (it fails, as on_error says), prune (deletes checkpoints, the least
+    worth first, but never the pinned, the newest good one and those of keep.min_good) or skip (a due save is left out
+    with a warning)."""
     commit: Literal["auto", "rename", "manifest"] = "auto"
     """How a save becomes visible: rename (of its folder), manifest (written last), or auto: as the store can."""
     fsync: bool = True

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import errors
-from ..errors import CheckpointError, RankError, StoreError
+from ..errors import CheckpointError, RankError, StoreError, StoreFullError
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Failure:
     rank: int
     errno: int | None = None
     ends: bool = False
+    sizes: tuple[int | None, int | None] = (None, None)  # of a `StoreFullError`: needed and free
 
     @classmethod
     def of(cls, error: BaseException, rank: int) -> Failure:
@@ -30,11 +31,14 @@ class Failure:
             kind, text = next(c.__name__ for c in type(error).__mro__ if c.__name__ in errors.__all__), str(error)
         else:
             kind, text = RankError.__name__, f"{type(error).__name__}: {error}"
-        return cls(kind, text, rank, getattr(error, "errno", None))
+        sizes = (error.needed, error.free) if isinstance(error, StoreFullError) else (None, None)
+        return cls(kind, text, rank, getattr(error, "errno", None), sizes=sizes)
 
     def error(self) -> CheckpointError:
         kind: type[CheckpointError] = getattr(errors, self.kind)
         text = self.text if self.ends else f"rank {self.rank}: {self.text}"
+        if kind is StoreFullError:
+            return StoreFullError(text, self.errno, needed=self.sizes[0], free=self.sizes[1])
         return StoreError(text, self.errno) if kind is StoreError else kind(text)
 
 

@@ -12,6 +12,7 @@ import torch
 from ..errors import DamagedError, StoreError
 from ..manifest import FileEntry
 from ..state.snapshot import StoredTensor
+from ..store.disk import open_file
 
 
 class MappedFiles:
@@ -40,8 +41,10 @@ class MappedFiles:
 
     def _map(self, entry: FileEntry) -> mmap.mmap:
         path = self._folder / entry.name
+        if any(folder.is_symlink() for folder in path.parents if folder.is_relative_to(self._folder)):
+            raise StoreError(f"can't map {path}: a symbolic link is not followed below the root")
         try:
-            with path.open("rb") as file:
+            with os.fdopen(open_file(path), "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size != entry.size:
                     raise DamagedError(f"{path} has {size:,} bytes, not the {entry.size:,} of the manifest")

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import DamagedError, FormatVersionError
 from ..manifest import FileEntry
-from ..staging import is_dense
+from ..staging import is_dense, is_special
 from ..state.shards import has_sharded, is_sharded
 from ..state.snapshot import StoredPart, StoredTensor, Tree
 from ..transfer import Segment
@@ -22,7 +22,7 @@ from .mapping import MappedFiles
 from .rank_files import read_part
 from .safetensors_layout import bytes_of, checked_count
 from .state_file import STATE_NAME, load_torch, read_json, read_objects, revive
-from .targets import Landing, fresh, put
+from .targets import Landing, fresh, put, refuse_unsound
 
 SPECIAL_NAME = "tensors.pt"  # tensors that are more than dense numbers
 
@@ -77,8 +77,9 @@ class SafetensorsState:
         loaded = load_torch(self._source, SPECIAL_NAME) if special else None
         for stored in special:
             tensor = loaded.get(stored.location[1]) if isinstance(loaded, dict) else None
-            if not isinstance(tensor, torch.Tensor):
+            if not isinstance(tensor, torch.Tensor) or not is_special(tensor):
                 raise DamagedError(f"{SPECIAL_NAME} has no tensor {stored.location[1]!r}")
+            refuse_unsound(tensor, SPECIAL_NAME)
             targets[stored] = put(tensor, wanted[stored], device)
         return targets
 
@@ -104,18 +105,19 @@ def _stored_tensors(rows: Sequence[Any], files: Mapping[str, FileEntry]) -> list
     shapes, begins, ends = ([row[i] for row in rows] for i in (3, 4, 5))
     if not {*map(type, begins), *map(type, ends), *map(type, chain.from_iterable(shapes))} <= {int}:
         raise DamagedError(f"{STATE_NAME}: a tensor has a size or place that is no whole number")
-    kinds: dict[tuple[str, tuple[int, ...]], tuple[tuple[int, ...], torch.dtype, int]] = {}
+    kinds: dict[tuple[str, tuple[int, ...], bool], tuple[tuple[int, ...], torch.dtype, int]] = {}
     file_sizes = {name: file.size for name, file in files.items()}
     tensors: list[StoredTensor] = []
     for name, key, dtype_name, shape, begin, end, more in rows:
-        kind = (dtype_name, tuple(shape))
+        in_pickle = name == SPECIAL_NAME
+        kind = (dtype_name, tuple(shape), in_pickle)
         if kind not in kinds:
-            dtype = dtype_named(dtype_name, key)
+            dtype = dtype_named(dtype_name, key, in_pickle=in_pickle)
             kinds[kind] = kind[1], dtype, bytes_of(dtype, shape)
         shape, dtype, size = kinds[kind]
         if name not in file_sizes:
             raise DamagedError(f"{STATE_NAME}: tensor {key!r} is in {name!r}, which the checkpoint does not have")
-        if name == SPECIAL_NAME:
+        if in_pickle and isinstance(key, str):
             stored = StoredTensor(shape, dtype, (name, key, 0))
         elif begin >= 8 and end - begin == size and end <= file_sizes[name]:
             stored = StoredTensor(shape, dtype, (name, begin, end))
@@ -126,7 +128,7 @@ def _stored_tensors(rows: Sequence[Any], files: Mapping[str, FileEntry]) -> list
             )
         if more != {}:
             stored.requires_grad, stored.is_parameter = more.get("requires_grad") is True, more.get("parameter") is True
-            if name != SPECIAL_NAME and (strides := more.get("stride")) is not None:
+            if not in_pickle and (strides := more.get("stride")) is not None:
                 stored.stride = stride = tuple(map(checked_count, strides))
                 if len(stride) != len(shape) or not is_dense(shape, stride):
                     raise DamagedError(f"{STATE_NAME}: tensor {key!r} of shape {shape} can't have the strides {stride}")
@@ -134,9 +136,10 @@ def _stored_tensors(rows: Sequence[Any], files: Mapping[str, FileEntry]) -> list
     return tensors
 
 
-def dtype_named(name: str, key: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+def dtype_named(name: str, key: str, *, in_pickle: bool = False) -> torch.dtype:
+    """That of a tensor; a quantized one is more than its numbers, and so always in the pickle."""
+    dtype = vars(torch).get(name)  # getattr would import modules
+    if not isinstance(dtype, torch.dtype) or (name.startswith(("qint", "quint")) and not in_pickle):
         raise FormatVersionError(
             f"{STATE_NAME}: tensor {key!r} has dtype {name!r}, which torch {torch.__version__} does not have; "
             "install a newer torch to read it"

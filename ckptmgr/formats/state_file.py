@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, cast
 
@@ -168,6 +170,25 @@ class _TorchFile:
         """Nothing to do: the draft decides when its files are durable."""
 
 
+def refuse_unpacking(file: BinaryIO) -> None:
+    """Raises `DamagedError` for an archive that holds more than its own size: `torch.save` never packs tightly, and
+    torch would unpack all of it."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    is_archive = file.read(4) == b"PK\x03\x04"
+    file.seek(0)
+    if is_archive:
+        reader: Any = torch._C.PyTorchFileReader(file)
+        if hasattr(reader, "get_record_size"):
+            total = sum(map(reader.get_record_size, reader.get_all_records()))
+        else:  # an older torch
+            with zipfile.ZipFile(file) as archive:
+                total = sum(member.file_size for member in archive.infolist())
+        if total > size:
+            raise DamagedError(f"it is packed, and would take more than its {size:,} bytes")
+        file.seek(0)
+
+
 def load_torch(source: FileSource, name: str) -> Any:
     """What `torch.save` wrote to a file, in host memory. Raises `DamagedError`."""
     if name not in source.files:
@@ -179,6 +200,7 @@ def load_torch(source: FileSource, name: str) -> Any:
 def parse_torch(file: BinaryIO, name: str, *, weights_only: bool = True) -> Any:
     """The same from an open file; without `weights_only` it runs code from the checkpoint."""
     try:
+        refuse_unpacking(file)
         return torch.load(file, map_location="cpu", weights_only=weights_only)
     except (CheckpointError, OSError, MemoryError):
         raise

@@ -35,6 +35,24 @@ def refuse_misfit(stored: StoredTensor, target: torch.Tensor) -> None:
         )
 
 
+def refuse_unsound(tensor: torch.Tensor, name: str) -> None:
+    """Raises `DamagedError` for a sparse tensor of a file with indices outside of it, which torch takes as it is, and
+    then writes to memory that is not its own."""
+    compressed = {torch.sparse_csr, torch.sparse_bsr}, {torch.sparse_csc, torch.sparse_bsc}
+    own = tensor.detach()
+    try:
+        if own.layout == torch.sparse_coo:
+            torch.sparse_coo_tensor(own._indices(), own._values(), own.shape, check_invariants=True)
+        elif own.layout in compressed[0]:
+            places = own.crow_indices(), own.col_indices()
+            torch.sparse_compressed_tensor(*places, own.values(), own.shape, layout=own.layout, check_invariants=True)
+        elif own.layout in compressed[1]:
+            places = own.ccol_indices(), own.row_indices()
+            torch.sparse_compressed_tensor(*places, own.values(), own.shape, layout=own.layout, check_invariants=True)
+    except (RuntimeError, ValueError) as exc:
+        raise DamagedError(f"{name} has a sparse tensor that is none: {exc}") from exc
+
+
 def fresh(stored: Iterable[StoredTensor], device: str | torch.device) -> dict[StoredTensor, torch.Tensor]:
     """A new tensor for each stored one, with its strides; each owns its memory."""
     kinds: dict[tuple[object, ...], list[StoredTensor]] = defaultdict(list)

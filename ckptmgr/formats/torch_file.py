@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..errors import DamagedError
+from ..errors import DamagedError, StoreError
+from ..memory import available
 from ..staging import Held, Region, is_dense, is_special, refuse_meta
 from ..state.codec import from_torch_safe, to_torch_safe
 from ..state.snapshot import FlatSnapshot, Snapshot, StoredPart, StoredState, StoredTensor, Tree, map_leaves
@@ -19,7 +21,7 @@ from . import FileSink, FileSource, refuse_sharded, write_live
 from .json_texts import JsonTexts
 from .rank_files import rank_bodies, read_part
 from .state_file import STATE_NAME, file_stems, load_torch, read_json, read_objects, save_torch, state_bodies
-from .targets import put, refuse_misfit
+from .targets import put, refuse_misfit, refuse_unsound
 
 _ALIGNMENT = 64  # bytes, as torch aligns
 
@@ -185,9 +187,21 @@ class _TorchState:
 def _load_tree(source: FileSource, name: str) -> Tree:
     plain = load_torch(source, name)
     try:
-        return from_torch_safe(plain)
+        tree = from_torch_safe(plain, source.files[name].size)
     except DamagedError as exc:
         raise DamagedError(f"{name}: {exc}") from exc
+    for tensor in _tensors(tree):
+        refuse_unsound(tensor, name)
+    # Windows of one storage, or one number expanded, take more memory than there are bytes. Forged: more than there is.
+    dense = {id(tensor): tensor for tensor in _tensors(tree) if not is_special(tensor)}
+    needed, free = sum(tensor.nbytes for tensor in dense.values()), available()
+    if free is not None and needed > max(free, source.files[name].size):
+        raise StoreError(
+            f"not enough memory to load {name}: its tensors take {needed:,} bytes, and {free:,} are free; load fewer "
+            "entries, or on a larger machine",
+            errno.ENOMEM,
+        )
+    return tree
 
 
 def _stored(tensor: torch.Tensor) -> StoredTensor:

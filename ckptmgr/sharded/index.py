@@ -10,6 +10,7 @@ import math
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .layout import Row
 SHARDS_NAME = "shards.json"
 METADATA_NAME = ".metadata"
 _SHOWN = 10
+_MOST_TOGETHER = 1000  # chunks that no cut tells apart: no mesh makes as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,44 @@ def _stored(fqn: str, row: Mapping[str, Any], sizes: Mapping[str, int]) -> Store
                 f"nor in bytes {begin:,} to {end:,} of {file!r} ({sizes.get(file, 0):,} bytes)"
             )
         chunks.append(chunk)
+    if _overlap(chunks):  # then some elements would be in no chunk, and be left as they are
+        raise DamagedError(f"{SHARDS_NAME}: chunks of {fqn!r} overlap")
     return Stored(shape, dtype, chunks)
+
+
+def _overlap(boxes: Sequence[Chunk]) -> bool:
+    """Whether two of the boxes have elements in common. They are told apart along one dimension after the other, as
+    a mesh cuts them; what can't be cut so is compared each with each."""
+    left = [[box for box in boxes if 0 not in box.sizes]]
+    while left:
+        together = left.pop()
+        if len(together) < 2:
+            continue
+        parts = next((parts for dim in range(len(together[0].sizes)) if len(parts := _cut(together, dim)) > 1), None)
+        if parts is not None:
+            left += parts
+        elif len(together) > _MOST_TOGETHER or any(_meet(one, other) for one, other in combinations(together, 2)):
+            return True
+    return False
+
+
+def _cut(boxes: Sequence[Chunk], dim: int) -> list[list[Chunk]]:
+    """The boxes in groups that have nothing in common along a dimension."""
+    groups: list[list[Chunk]] = []
+    reached = -1
+    for box in sorted(boxes, key=lambda box: box.offsets[dim]):
+        if box.offsets[dim] >= reached:
+            groups.append([])
+        groups[-1].append(box)
+        reached = max(reached, box.offsets[dim] + box.sizes[dim])
+    return groups
+
+
+def _meet(one: Chunk, other: Chunk) -> bool:
+    return all(
+        max(a, b) < min(a + c, b + d)
+        for a, c, b, d in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    )
 
 
 def _value(fqn: str, row: Sequence[Any], sizes: Mapping[str, int]) -> tuple[str, int, int]:

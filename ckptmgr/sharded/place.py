@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, NotFoundError
-from ..manifest import MANIFEST_NAME, Manifest
+from ..manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
 from ..source import Source
 from ..store import Store, open_store
 from .index import METADATA_NAME
@@ -52,7 +52,7 @@ class Place:
     def open(self) -> tuple[Source, Manifest]:
         """The checkpoint's files. Blocks. Raises `NotFoundError` when there is none of ours, and `DamagedError`."""
         try:
-            manifest = Manifest.from_json(self.store.get(self.manifest_key))
+            manifest = Manifest.from_json(self.store.get(self.manifest_key, 0, MAX_MANIFEST_SIZE + 1))
         except NotFoundError as exc:
             if self.store.stat(self.key(METADATA_NAME)) is not None:
                 raise NotFoundError(

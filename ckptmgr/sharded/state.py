@@ -18,8 +18,8 @@ from ..formats.rank_files import read_part
 from ..formats.safetensors_layout import checked_count
 from ..formats.safetensors_state import SPECIAL_NAME, dtype_named
 from ..formats.state_file import STATE_NAME, Whole, load_torch, read_json, read_objects, revive
-from ..formats.targets import Landing, fresh, put, refuse_misfit
-from ..staging import Held, is_dense
+from ..formats.targets import Landing, fresh, put, refuse_misfit, refuse_unsound
+from ..staging import Held, is_dense, is_special
 from ..state.shards import boxes, local
 from ..state.snapshot import FlatSnapshot, Snapshot, StoredPart, StoredTensor, Tree
 from ..transfer import Segment
@@ -118,8 +118,9 @@ class ShardedState:
         loaded = load_torch(self._source, SPECIAL_NAME) if special else None
         for stored in special:
             tensor = loaded.get(stored.location[1]) if isinstance(loaded, dict) else None
-            if not isinstance(tensor, torch.Tensor):
+            if not isinstance(tensor, torch.Tensor) or not is_special(tensor):
                 raise DamagedError(f"{SPECIAL_NAME} has no tensor {stored.location[1]!r}")
+            refuse_unsound(tensor, SPECIAL_NAME)
             targets[stored] = put(tensor, wanted[stored], device)
         return targets
 
@@ -174,7 +175,7 @@ def _tensor(row: Sequence[Any], index: Index, source: FileSource) -> StoredTenso
         if SPECIAL_NAME not in source.files:
             raise DamagedError(f"{STATE_NAME}: the checkpoint does not have {SPECIAL_NAME}")
         shape = tuple(map(checked_count, more["shape"]))
-        return StoredTensor(shape, dtype_named(more["dtype"], name), (SPECIAL_NAME, name), None, *flags)
+        return StoredTensor(shape, dtype_named(more["dtype"], name, in_pickle=True), (SPECIAL_NAME, name), None, *flags)
     known = index.tensors.get(name)
     if known is None:
         raise DamagedError(f"{STATE_NAME}: tensor {name!r} is not in {SHARDS_NAME}")

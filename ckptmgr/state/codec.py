@@ -98,7 +98,9 @@ class _Encoder:
         opaque: Callable[[Any, str], Tree] | None,
         tensor: Callable[[torch.Tensor], Tree] | None,
         keep_tags: bool = False,
+        most: float = math.inf,
     ) -> None:
+        self._left = most
         self._path, self._opaque, self._tensor, self._keep_tags = path, opaque, tensor, keep_tags
         self._max_depth = 4 * MAX_DEPTH if keep_tags else MAX_DEPTH  # a tag adds levels of its own
         self._steps: list[Any] = []
@@ -120,6 +122,9 @@ class _Encoder:
     def encode(self, value: Any) -> Tree:
         if isinstance(value, torch.Tensor):
             return self._encode_tensor(value)
+        self._left -= 1
+        if self._left < 0:
+            raise ConfigError(f"{self._here} holds more than its file can")
         if id(value) in self._open:
             raise ConfigError(f"{self._here} contains itself; a checkpoint holds no reference cycles")
         tree = NotImplemented
@@ -175,6 +180,10 @@ def _are_plain(items: Collection[Any]) -> bool:
     return kinds <= {type(None), bool} or (kinds == {str} and all(map(str.isascii, items)))
 
 
+def _meta(shape: Any, *, dtype: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=vars(torch)[dtype], device="meta")
+
+
 def _type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
@@ -226,7 +235,7 @@ class _Decoder:
             if tag == "$unsaved":
                 return None
             if tag == "$meta":
-                return torch.empty(content, dtype=self.sub({"$dtype": rest.pop("dtype")}, None), device="meta", **rest)
+                return _meta(content, **rest)
             if tag not in _DECODERS:
                 raise DamagedError(f"{self._here} has the unknown tag {tag!r}")
             return _DECODERS[tag](content, self.sub, **rest)
@@ -275,7 +284,7 @@ def from_json(tree: Tree) -> Tree:
     try:
         data = bytearray(to_bytes(tree["$inline"]))
         flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-        tensor = flat.view(getattr(torch, tree["dtype"])).view(tree["shape"])
+        tensor = flat.view(vars(torch)[tree["dtype"]]).view(tree["shape"])
         needs_grad = tree.get("requires_grad") is True
         if tree.get("parameter") is True:
             return torch.nn.Parameter(tensor, requires_grad=needs_grad)
@@ -323,9 +332,10 @@ def _is_safe(tag: str, content: Any) -> bool:
     return tag != "$dict" or not any(is_unsaved(item) for _, item in content)
 
 
-def from_torch_safe(value: Any) -> Tree:
-    """The inverse of `to_torch_safe`. Raises `DamagedError` for a value that it does not give."""
+def from_torch_safe(value: Any, most: float = math.inf) -> Tree:
+    """The inverse of `to_torch_safe`. Raises `DamagedError` for a value that it does not give: also for one of more
+    than `most` parts, as lists make that hold the same list many times."""
     try:
-        return _Encoder("", None, None, keep_tags=True).encode(value)
+        return _Encoder("", None, None, keep_tags=True, most=most).encode(value)
     except ConfigError as exc:
         raise DamagedError(f"not what ckptmgr writes: {exc}") from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +91,8 @@ def _from_bytes(dtype: Any, shape: list[int], data: bytes | None) -> Any:
     if any(type(size) is not int or size < 0 for size in shape):
         raise ValueError(f"{shape} is no shape")
     if not data:
+        if math.prod(shape) * dtype.itemsize:  # else a few bytes of a checkpoint would take all the memory
+            raise ValueError(f"no data for the shape {shape}")
         return np.zeros(shape, dtype)
     return np.frombuffer(bytearray(data), np.uint8).view(dtype).reshape(shape)
 
@@ -107,9 +110,23 @@ def _decode_scalar(content: Any, sub: Sub, *, data: str) -> Any:
 def _bit_generator(state: Any) -> Any:
     if state["bit_generator"] not in _BIT_GENERATORS:
         raise ValueError(f"{state['bit_generator']!r} is no bit generator of numpy")
+    check_place(state)
     generator = getattr(_numpy().random, state["bit_generator"])(0)
     generator.state = {key: value for key, value in state.items() if key not in ("has_gauss", "gauss")}
     return generator
+
+
+def check_place(state: Any) -> None:
+    """Raises an error for a generator's state whose place lies outside of its numbers: NumPy takes it, and then
+    reads memory that is not its own."""
+    if state["bit_generator"] == "MT19937":
+        place, last = state["state"]["pos"], 624
+    elif state["bit_generator"] == "Philox":
+        place, last = state["buffer_pos"], 4
+    else:
+        return
+    if not 0 <= place <= last:
+        raise ValueError(f"place {place} of {last} numbers")
 
 
 def _decode_random_state(content: Any, sub: Sub) -> Any:

@@ -99,6 +99,12 @@ def _checked(value: Any, kind: type) -> Any:
     return value
 
 
+def _int64(value: Any) -> int:
+    if type(value) is not int or not -_INT64 <= value < _INT64:
+        raise ValueError(f"a {type(value).__name__} is no size, or one that is too large")
+    return value
+
+
 def _decode_list(content: Any, sub: Sub) -> list[Any]:
     return _listed(_checked(content, list), sub)
 
@@ -190,7 +196,7 @@ def _decode_zone(content: Any, sub: Sub) -> ZoneInfo:
 
 def _decode_torch_name(kind: type) -> Callable[[Any, Sub], Any]:
     def decode(content: Any, sub: Sub) -> Any:
-        return _checked(getattr(torch, content), kind)
+        return _checked(vars(torch)[content], kind)  # getattr would import modules
 
     return decode
 
@@ -283,8 +289,8 @@ DECODERS: dict[str, Callable[..., Any]] = {
     "$path": _decode_path,
     "$uuid": lambda content, sub: UUID(content),
     "$decimal": lambda content, sub: Decimal(_checked(content, str)),
-    "$fraction": lambda content, sub: Fraction(*_decode_list(content, sub)),
-    "$size": lambda content, sub: torch.Size(content),
+    "$fraction": lambda content, sub: Fraction(*(_checked(part, int) for part in _decode_list(content, sub))),
+    "$size": lambda content, sub: torch.Size(map(_int64, content)),
     "$dtype": _decode_torch_name(torch.dtype),
     "$layout": _decode_torch_name(torch.layout),
     "$memory_format": _decode_torch_name(torch.memory_format),

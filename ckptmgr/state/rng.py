@@ -19,6 +19,7 @@ import torch
 
 from ..errors import DamagedError
 from .codec import decode, encode, to_json
+from .numpy_tags import check_place
 from .snapshot import Tree
 
 
@@ -116,10 +117,15 @@ def _set_python(state: Any) -> None:
     random.setstate(state)  # a tuple as it is: as first versions wrote it
 
 
+def _set_numpy(state: Any) -> None:
+    check_place(state if isinstance(state, dict) else {"bit_generator": state[0], "state": {"pos": state[2]}})
+    importlib.import_module("numpy").random.set_state(state)
+
+
 _SETTERS: dict[str, Callable[[Any], None]] = {
     "python": _set_python,
     "torch": torch.set_rng_state,
-    "numpy": lambda state: importlib.import_module("numpy").random.set_state(state),
+    "numpy": _set_numpy,
     "mps": lambda state: torch.mps.set_rng_state(state),
 }
 

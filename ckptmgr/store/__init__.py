@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["BLOCK", "DRAFTS", "Entry", "Reader", "Store", "Writer", "open_store"]
+__all__ = ["BLOCK", "DRAFTS", "Entry", "Reader", "Store", "Writer", "give_up", "open_store"]
 
 
 DRAFTS = ".ckptmgr/drafts"  # where a folder is filled that is going to be renamed
@@ -139,10 +139,13 @@ class Store(Protocol):
         `target` exists."""
 
 
-def open_store(url: str | Path, options: dict[str, Any] | None = None, *, fsync: bool = True) -> Store:
+def open_store(
+    url: str | Path, options: dict[str, Any] | None = None, *, fsync: bool = True, deadline_s: float | None = None
+) -> Store:
     """The store for a path or any fsspec URL. Opens no connection and makes no folder yet.
 
-    `options` go to the fsspec filesystem as they are. Raises `ConfigError` for a URL whose
+    `options` go to the fsspec filesystem as they are. `deadline_s` is how long one request to a store behind
+    a network may take, its retries included; ten minutes if not said. Raises `ConfigError` for a URL whose
     protocol is unknown or whose library is not installed, naming the extra to install.
     """
     from .local import LocalStore, local_path
@@ -151,5 +154,16 @@ def open_store(url: str | Path, options: dict[str, Any] | None = None, *, fsync:
     if path is not None:
         return LocalStore(path, fsync=fsync)
     from .remote import FsspecStore
+    from .retries import Patience
 
-    return FsspecStore(str(url), options or {})
+    return FsspecStore(str(url), options or {}, Patience() if deadline_s is None else Patience(deadline_s))
+
+
+def give_up(store: Store) -> None:
+    """For a process that ends: a store behind a network tries no request again, for the length of its deadline.
+    What waits for another try fails at once, in whatever thread; this returns at once."""
+    if store.path is None:
+        from .remote import FsspecStore
+
+        if isinstance(store, FsspecStore):
+            store.give_up()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from . import Entry
+from .retries import Outlook, Retries
 
 
 class Fault(Enum):
@@ -19,6 +20,10 @@ class Fault(Enum):
     PAST_END = "the object ends before the range begins"
     NO_BUCKET = "there is no such bucket"
     DENIED = "the credentials are missing, wrong or not allowed to"
+    EXPIRED = "the credentials were right once"
+    ELSEWHERE = "the bucket is in another region"
+    SKEWED = "the store's clock and this machine's differ too much"
+    NO_UPLOAD = "the upload has ended, or expired: whether it was completed is not known"
     UNCLEAR = "anything else: whether it was done is not known"
 
 
@@ -32,19 +37,29 @@ class Upload(Protocol):
     def abort(self) -> None: ...
 
 
+class Unended(NamedTuple):
+    """A multipart upload that was begun and neither completed nor cancelled; `bytes` of its parts are paid for."""
+
+    name: str
+    upload: str
+    begun: float | None
+    bytes: int
+
+
 class Dialect(Protocol):
     """One bucket, spoken to through its client library, whose own errors come out of every method
-    as they are. Names are those of objects in the bucket; `prefix` is the root's."""
+    as they are, when `retries.Retries` gave up. Names are those of objects in the bucket; `prefix` is the root's."""
 
     bucket: str
     prefix: str
+    retries: Retries
     credentials: str  # where people of this library keep them, for messages
 
     def get(self, name: str, start: int, end: int | None) -> bytes:
         """The bytes [start, end), never from a cache."""
 
     def put(self, name: str, data: bytes) -> None:
-        """One whole put, which retries itself."""
+        """One whole put."""
 
     def create(self, name: str, data: bytes) -> None:
         """The same, if the name is free: `Fault.EXISTS`, also where an earlier try of its own took it."""
@@ -62,8 +77,17 @@ class Dialect(Protocol):
     def delete(self, name: str) -> None:
         """One object. May raise `Fault.MISSING`."""
 
-    def drop_uploads(self, prefix: str) -> None:
-        """Give up every upload below a prefix that nobody ended."""
+    def unended(self, prefix: str) -> Iterator[Unended]:
+        """Every upload below a prefix that nobody ended; its bytes are 0 where `sized` was not called."""
+
+    def sized(self, upload: Unended) -> Unended:
+        """The same, with the bytes that arrived. May raise `Fault.NO_UPLOAD`."""
+
+    def cancel(self, name: str, upload: str) -> None:
+        """Give an upload up. May raise `Fault.NO_UPLOAD`."""
+
+    def outlook(self, exc: Exception) -> Outlook:
+        """Whether the same request can succeed later."""
 
     def diagnose(self, exc: Exception) -> Fault: ...
 

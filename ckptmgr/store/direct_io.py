@@ -36,12 +36,20 @@ def preallocate(fd: int, size: int) -> None:
     them. Raises `OSError` when there is no room for it; any other refusal changes nothing."""
     if _FALLOCATE is None:
         return
+    try:
+        allocate(fd, size)
+    except OSError as exc:
+        if exc.errno in _NO_ROOM:
+            raise
+
+
+def allocate(fd: int, size: int) -> None:
+    """fallocate(2), which `os` has only in a form that writes the blocks where it has to. Raises `OSError`."""
+    assert _FALLOCATE is not None
     while _FALLOCATE(ctypes.c_int(fd), ctypes.c_int(0), ctypes.c_int64(0), ctypes.c_int64(size)):
         code = ctypes.get_errno()
-        if code in _NO_ROOM:
-            raise OSError(code, os.strerror(code))
         if code != errno.EINTR:
-            return
+            raise OSError(code, os.strerror(code))
 
 
 def set_direct(fd: int, wanted: bool) -> bool:

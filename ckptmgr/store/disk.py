@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
 from pathlib import Path
 
-from ..errors import CheckpointError, StoreError
+from ..errors import CheckpointError, StoreError, StoreFullError
+from .space import space_left
 
 try:
     import fcntl
@@ -59,6 +58,20 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def make_folders(folder: Path) -> None:
+    """Make a folder with those above it that are missing, each entry durable. So is that of the topmost one
+    there: whoever made it may not have got round to it yet."""
+    missing = []
+    while not folder.is_dir() and folder.parent != folder:
+        missing.append(folder)
+        folder = folder.parent
+    sync_folder(folder.parent)
+    for each in reversed(missing):
+        with suppress(FileExistsError):
+            each.mkdir()
+        sync_folder(each.parent)
+
+
 def create_file(path: Path) -> int:
     """A descriptor of a file that did not exist before. Follows no link."""
     return os.open(path, _CREATE, 0o666)
@@ -99,30 +112,42 @@ class TempFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open(create_file(path), "wb", buffering=0)  # noqa: SIM115 - lives as long as the writer
-        self._discard = weakref.finalize(self, _discard, self._file, path, os.getpid())
+        self._open = _Open(create_file(path))
+        self._discard = weakref.finalize(self, _discard, self._open, path, os.getpid())
 
     @property
     def fd(self) -> int:
-        return self._file.fileno()
+        return self._open.fd
 
     def write(self, data: memoryview) -> None:
         while data:  # the system may take less than it is given
-            data = data[self._file.write(data) :]
+            data = data[os.write(self.fd, data) :]
 
     def sync(self) -> None:
-        sync_file(self._file.fileno())
+        sync_file(self.fd)
 
     def close(self) -> None:
         """Close the file. Network file systems may report only here that it was not written."""
-        self._file.close()
+        self._open.close()
 
     def discard(self) -> None:
         """Close the file and remove what still has the temporary name. May be repeated; never raises."""
         self._discard()
 
 
-def _discard(file: FileIO, path: Path, pid: int) -> None:
+class _Open:
+    """A descriptor that is closed once, whoever asks for it and however often."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _discard(file: _Open, path: Path, pid: int) -> None:
     # Nothing of it is visible, whatever fails here: a leftover goes when its folder is deleted.
     with suppress(OSError):
         file.close()
@@ -180,12 +205,13 @@ def explain(exc: OSError, doing: str, path: Path, need: int | None = None) -> St
     """The same trouble in the words of its remedy; `need` is in bytes, where known."""
     match exc.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            what = "no space left" if exc.errno == errno.ENOSPC else "the disk quota is used up"
-            sizes = [f"{need:,} bytes needed"] if need is not None else []
-            if (free := _free(path)) is not None:
-                sizes.append(f"{free:,} bytes free")
-            told = f" ({', '.join(sizes)})" if sizes else ""
-            text = f"{what} to {doing} {path}{told}: free some space or keep fewer checkpoints"
+            return full(f"{doing} {path}", path, need, exc.errno)
+        case errno.EFBIG:
+            size = f" ({need:,} bytes needed)" if need is not None else ""
+            text = (
+                f"can't {doing} {path}{size}: no file may be so large here; raise the limit (ulimit -f) or set a "
+                "smaller split_size"
+            )
         case errno.EACCES | errno.EPERM:
             text = f"no permission to {doing} {path}: change its owner or mode, or use another root"
         case errno.EROFS:
@@ -199,12 +225,20 @@ def explain(exc: OSError, doing: str, path: Path, need: int | None = None) -> St
     return StoreError(text, exc.errno)
 
 
-def _free(path: Path) -> int | None:
-    for folder in path.parents:
-        try:
-            return shutil.disk_usage(folder).free
-        except FileNotFoundError:
-            continue
-        except OSError:
-            return None
-    return None
+def full(what: str, path: Path, need: int | None, code: int = errno.ENOSPC) -> StoreFullError:
+    """The error for want of room to do `what` at a path; `need` is in bytes, where known."""
+    space = space_left(path)
+    free = None if space is None else space.free
+    sizes = [f"{need:,} bytes needed"] if need is not None else []
+    sizes += [f"{free:,} bytes free"] if free is not None else []
+    remedy = "free some space or keep fewer checkpoints"
+    match code:
+        case errno.EDQUOT:
+            trouble = "the disk quota is used up"
+        case _ if space is not None and space.files == 0 and space.free >= (need or 0):
+            trouble = "the file system has no room for more files (inodes)"
+            remedy = "delete some or keep fewer checkpoints"
+        case _:
+            trouble = "no space left"
+    told = f" ({', '.join(sizes)})" if sizes else ""
+    return StoreFullError(f"{trouble} to {what}{told}: {remedy}", code, needed=need, free=free)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from socket import gaierror
+from typing import Any, TypeVar
 
 import fsspec
 
 from ..errors import ConfigError
 from . import Entry
-from .dialect import Fault, seconds
+from .dialect import Fault, Unended, seconds
 from .disk import TempFile
+from .retries import Outlook, Patience, Retries
 
+_T = TypeVar("_T")
 _TIMES = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")
 
 
@@ -36,25 +39,24 @@ class GenericDialect:
 
     credentials = "storage.options, and what the documentation of this filesystem names"
 
-    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, url: str, options: Mapping[str, Any], patience: Patience) -> None:
+        self.retries = Retries(patience, self.outlook)
         self._fs, root = fsspec.core.url_to_fs(url, **options)
         self.prefix = root.rstrip("/")
         self.bucket = self.prefix.strip("/").partition("/")[0]
         self._can_create = "mode" in inspect.signature(self._fs.pipe_file).parameters
 
     def get(self, name: str, start: int, end: int | None) -> bytes:
-        data: bytes = self._fs.cat_file(name, start=start, end=end)
-        return data
+        return self._ask(lambda: bytes(self._fs.cat_file(name, start=start, end=end)))
 
     def put(self, name: str, data: bytes) -> None:
-        self._in_folder(name, lambda: self._fs.pipe_file(name, data))
+        self._ask(lambda: self._in_folder(name, lambda: self._fs.pipe_file(name, data)))
 
     def create(self, name: str, data: bytes) -> None:
-        self._fs.invalidate_cache()
-        if self._fs.exists(name):
+        if self.stat(name) is not None:
             raise FileExistsError(name)
         mode = {"mode": "create"} if self._can_create else {}
-        self._in_folder(name, lambda: self._fs.pipe_file(name, data, **mode))
+        self._ask(lambda: self._in_folder(name, lambda: self._fs.pipe_file(name, data, **mode)))
 
     def upload(self, name: str) -> _Upload:
         return _Upload(self, name)
@@ -65,19 +67,22 @@ class GenericDialect:
 
     def put_file(self, local: str, name: str) -> None:
         try:
-            self._in_folder(name, lambda: self._fs.put_file(local, name))
+            self._ask(lambda: self._in_folder(name, lambda: self._fs.put_file(local, name)))
         except BaseException:
             with suppress(Exception):  # the first error says more
                 self._fs.rm_file(name)
             raise
 
     def list(self, prefix: str, recursive: bool) -> Iterator[Entry]:
-        self._fs.invalidate_cache()
+        def look() -> Iterable[Any]:
+            self._fs.invalidate_cache()
+            if recursive:
+                return dict(self._fs.find(folder, detail=True)).values()
+            return tuple(self._fs.ls(folder or "/", detail=True))
+
         folder = prefix.rstrip("/")
         try:
-            found = (
-                self._fs.find(folder, detail=True).values() if recursive else self._fs.ls(folder or "/", detail=True)
-            )
+            found = self._ask(look)
         except (FileNotFoundError, NotADirectoryError):
             return
         for info in found:
@@ -86,18 +91,39 @@ class GenericDialect:
                 yield _entry(name, info)
 
     def stat(self, name: str) -> Entry | None:
-        self._fs.invalidate_cache()
+        def look() -> Any:
+            self._fs.invalidate_cache()
+            try:
+                return self._fs.info(name)
+            except FileNotFoundError as exc:  # which fsspec makes of any answer over HTTP
+                if getattr(exc.__cause__, "status", 404) not in (404, 410):
+                    raise OSError(str(exc.__cause__)) from exc
+                raise
+
         try:
-            info = self._fs.info(name)
+            info = self._ask(look)
         except (FileNotFoundError, NotADirectoryError):
             return None
         return _entry(name, info) if info["type"] == "file" else None
 
     def delete(self, name: str) -> None:
-        self._fs.rm_file(name)
+        self._ask(lambda: self._fs.rm_file(name))
 
-    def drop_uploads(self, prefix: str) -> None:
-        """Nothing: an upload is one call."""
+    def unended(self, prefix: str) -> Iterator[Unended]:
+        """None: an upload is one call."""
+        return iter(())
+
+    def sized(self, upload: Unended) -> Unended:
+        return upload
+
+    def cancel(self, name: str, upload: str) -> None:
+        """Nothing: there is none."""
+
+    def outlook(self, exc: Exception) -> Outlook:
+        """Only what any library means the same by: most have retries of their own."""
+        if isinstance(exc, ConnectionRefusedError | gaierror):
+            return Outlook(True, is_reached=False)
+        return Outlook(isinstance(exc, ConnectionError | TimeoutError | EOFError))
 
     def diagnose(self, exc: Exception) -> Fault:
         match exc:
@@ -118,6 +144,9 @@ class GenericDialect:
         except FileNotFoundError:  # one with real folders, unlike an object store
             self._fs.makedirs(name.rpartition("/")[0], exist_ok=True)
             write()
+
+    def _ask(self, request: Callable[[], _T]) -> _T:
+        return self.retries(lambda limit: request())
 
     def _rooted(self, name: str) -> str:
         """Listings name things with a leading slash or without, whatever the root has."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import AlreadyExistsError, ConfigError, NotFoundError
 from . import DRAFTS, Entry
-from .arguments import as_bytes, checked_folder, checked_key
+from .arguments import as_bytes, checked_folder, checked_key, is_key
 from .disk import NO_LINKS, TempFile, claim, edge, explain, open_file, sync_folder
+from .leftovers import is_temp, temp_name
 from .local_reader import LocalReader
 from .local_writer import LocalWriter
 from .mounts import can_rename_folders
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _T = TypeVar("_T")
+_DISK_TROUBLE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _NO_LINK_HERE = NO_LINKS | {errno.EXDEV, errno.EMLINK}
-_TEMP_START, _TEMP_END = ".ckptmgr-", ".tmp"
 
 
 def local_path(url: str | Path) -> Path | None:
@@ -73,9 +73,11 @@ class LocalStore:
 
     @property
     def can_rename(self) -> bool:
-        """False on FUSE mounts, and wherever renaming a folder fails when tried. Tried once."""
+        """False on FUSE mounts, and wherever renaming a folder fails when tried. Tried once. Raises `StoreError` where
+        the disk is full or failing."""
         if self._can_rename is None:
-            self._can_rename = can_rename_folders(self._path)
+            with edge("write", self._path):
+                self._can_rename = can_rename_folders(self._path)
         return self._can_rename
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
@@ -154,9 +156,13 @@ class LocalStore:
             checked_key(key.removesuffix("/"))
             path = self._locate(key)
             with edge("delete", path):
-                if _remove(path, tree=key.endswith("/")):
+                _remove(path, tree=key.endswith("/"))
+                if path.parent.is_dir():  # also where nothing was: an earlier attempt may not have come so far
                     touched.add(path.parent)
-        changed = {self._prune(folder) for folder in sorted(touched, key=lambda path: len(path.parts), reverse=True)}
+        changed = set()
+        for folder in sorted(touched, key=lambda path: len(path.parts), reverse=True):
+            with edge("delete", folder):
+                changed.add(self._prune(folder))
         for folder in changed:
             # One that a later prune took with it has nothing left to make durable.
             with edge("delete in", folder), suppress(FileNotFoundError):
@@ -170,29 +176,40 @@ class LocalStore:
                 raise NotFoundError(f"{old} is not there to be renamed to {new}")
             if os.path.lexists(new):  # a folder would go over an empty one without a word
                 raise AlreadyExistsError(f"{new} exists already; {old} was not renamed")
-            for folder, _, _ in os.walk(old, topdown=False) if self._fsync else ():
-                sync_folder(Path(folder))
+            for folder, _ in reversed(_below(old)) if self._fsync else ():
+                sync_folder(folder)
             self._make(new.parent)
             try:
                 old.rename(new)
-            except FileNotFoundError:
+            except OSError:
                 # NFS asks again after a lost answer, and then finds that it has moved the folder already.
                 if not new.is_dir() or os.path.lexists(old):
                     raise
             self._durable = {folder for folder in self._durable if not folder.is_relative_to(old)}
-            self._sync(new.parent)
-            self._sync(old.parent)
+            try:
+                self._sync(new.parent)
+                self._sync(old.parent)
+            except OSError:
+                with suppress(OSError):  # what may not be durable shall not be seen either
+                    new.rename(old)
+                raise
 
     def _publish(self, temp: TempFile, target: Path, *, create: bool = False) -> None:
         """Give a written file its name: first its bytes, then the name, then the folder that holds it."""
         if self._fsync:
             temp.sync()
         temp.close()
-        if create:
-            claim(temp.path, target)
-        else:
+        if not create:
             temp.path.replace(target)
-        self._sync(target.parent)
+            self._sync(target.parent)
+            return
+        claim(temp.path, target)
+        try:
+            self._sync(target.parent)
+        except OSError:
+            with suppress(OSError):  # what may not be durable shall not be seen either
+                target.unlink()
+            raise
 
     def _locate(self, key: str) -> Path:
         """The path of a checked key. Raises `StoreError` where a folder on the way is a symbolic
@@ -212,14 +229,22 @@ class LocalStore:
             return
         if folder != self._path or not folder.is_dir():
             self._make(folder.parent)
+            is_new = False
             with suppress(FileExistsError):
                 folder.mkdir()
-            if self._drafts not in folder.parents:
-                self._sync(folder.parent)
+                is_new = True
+            try:
+                if self._drafts not in folder.parents:
+                    self._sync(folder.parent)
+            except OSError:
+                if is_new:  # to be made anew: a second fsync would not look at this one's entry again
+                    with suppress(OSError):
+                        folder.rmdir()
+                raise
         self._durable.add(folder)
 
     def _temp(self, target: Path) -> TempFile:
-        path = target.with_name(f"{_TEMP_START}{secrets.token_hex(8)}{_TEMP_END}")
+        path = target.with_name(temp_name())
         return self._in_folder(target.parent, lambda: TempFile(path))
 
     def _in_folder(self, folder: Path, act: Callable[[], _T]) -> _T:
@@ -237,35 +262,41 @@ class LocalStore:
             sync_folder(folder)
 
     def _scan(self, folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
-        try:
-            children = os.scandir(folder)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        folders = []
-        with children:
-            for child in children:
-                if child.is_dir(follow_symlinks=False):
-                    folders.append(child.name)
-                elif child.is_file(follow_symlinks=False) and not _is_temp(child.name):
-                    with suppress(FileNotFoundError):  # deleted since
-                        found = child.stat(follow_symlinks=False)
-                        yield Entry(prefix + child.name, found.st_size, found.st_mtime)
-        folders.sort()  # there may be ten thousand, and entries take longer to sort than names
-        for name in folders:
+        left = [(folder, prefix)]  # a folder can be deeper than Python calls
+        while left:
+            folder, prefix = left.pop()
+            try:
+                children = os.scandir(folder)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            folders = []
+            with children:
+                for child in children:
+                    if not is_key(child.name):
+                        continue  # nothing of ours
+                    if child.is_dir(follow_symlinks=False):
+                        folders.append(child.name)
+                    elif child.is_file(follow_symlinks=False) and not is_temp(child.name):
+                        with suppress(FileNotFoundError):  # deleted since
+                            found = child.stat(follow_symlinks=False)
+                            yield Entry(prefix + child.name, found.st_size, found.st_mtime)
             if recursive:
-                yield from self._scan(folder / name, f"{prefix}{name}/", recursive)
+                left += [(folder / name, f"{prefix}{name}/") for name in folders]
             else:
-                yield Entry(prefix + name, 0, None, True)
+                # There may be ten thousand, and entries take longer to sort than names.
+                yield from [Entry(prefix + name, 0, None, True) for name in sorted(folders)]
 
     def _prune(self, folder: Path) -> Path:
         """Remove empty folders upwards, but never the root; the first folder that stays."""
         while folder != self._path:
             try:
                 folder.rmdir()
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 pass
-            except OSError:  # not empty, or not ours to remove: it stays
-                break
+            except OSError as exc:
+                if exc.errno in _DISK_TROUBLE:
+                    raise
+                break  # not empty, or not ours to remove: it stays
             self._durable.discard(folder)
             folder = folder.parent
         return folder
@@ -278,10 +309,6 @@ def _open(path: Path) -> int:
         raise NotFoundError(f"{path} does not exist") from exc
 
 
-def _is_temp(name: str) -> bool:
-    return name.startswith(_TEMP_START) and name.endswith(_TEMP_END)
-
-
 def _lstat(path: Path) -> os.stat_result | None:
     try:
         return path.lstat()
@@ -289,23 +316,32 @@ def _lstat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _remove(path: Path, *, tree: bool) -> bool:
-    """Whether a file, or with `tree` a folder with everything below it, was there and is gone."""
+def _remove(path: Path, *, tree: bool) -> None:
+    """Remove a file, or with `tree` a folder with everything below it, where there is one."""
     found = _lstat(path)
     if found is None or stat.S_ISDIR(found.st_mode) != tree:
-        return False
+        return
     if not tree:
         remove_file(path)
-        return True
-    for folder, folders, files in os.walk(path, topdown=False):
-        for name in (*folders, *files):
-            child = Path(folder, name)
-            if name in files or child.is_symlink():
-                remove_file(child)
+        return
+    for folder, files in reversed(_below(path)):
+        for file in files:
+            remove_file(file)
         try:
-            Path(folder).rmdir()
+            folder.rmdir()
         except OSError:
             # NFS keeps what another process has open under such a name until it is closed.
-            if not all(child.name.startswith(".nfs") or child.is_dir() for child in Path(folder).iterdir()):
+            if not all(child.name.startswith(".nfs") or child.is_dir() for child in folder.iterdir()):
                 raise
-    return True
+
+
+def _below(path: Path) -> list[tuple[Path, list[Path]]]:
+    """A folder and those in it, however deep, each before those in it, with what else is in each. Follows no link."""
+    found, left = [], [path]
+    while left:
+        folder, files = left.pop(), list[Path]()
+        with suppress(OSError), os.scandir(folder) as children:
+            for child in children:
+                (left if child.is_dir(follow_symlinks=False) else files).append(Path(child.path))
+        found.append((folder, files))
+    return found

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
+import errno
 from pathlib import Path
 
+from .leftovers import temp_name
+
 _MOUNTS = Path("/proc/self/mountinfo")
+_NO_ANSWER = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
 def can_rename_folders(root: Path) -> bool:
     """Whether a rename moves a whole folder atomically below `root`, which need not exist yet.
 
-    FUSE mounts are refused whatever they answer: a mounted bucket renames by copying."""
+    FUSE mounts are refused whatever they answer: a mounted bucket renames by copying. Raises `OSError` where a disk
+    that is full or failing does not let it be tried."""
     folder = next((p for p in (root, *root.parents) if p.is_dir()), None)
     return folder is not None and not _is_fuse(_mount_type(folder)) and _probe(folder)
 
@@ -51,14 +55,15 @@ def _unescaped(field: str) -> str:
 
 
 def _probe(folder: Path) -> bool:
-    token = secrets.token_hex(8)
-    source, target = folder / f".ckptmgr-{token}.a.tmp", folder / f".ckptmgr-{token}.b.tmp"
+    source, target = folder / temp_name(".a"), folder / temp_name(".b")
     try:
         source.mkdir()
         (source / "file").touch()
         source.rename(target)
         return (target / "file").is_file() and not source.exists()
-    except OSError:
+    except OSError as exc:
+        if exc.errno in _NO_ANSWER:
+            raise
         return False
     finally:
         for place in (source, target):

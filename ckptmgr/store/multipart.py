@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol
+
+from .dialect import Unended
+from .haste import in_haste
 
 _SMALLEST = 16 << 20  # bytes
 _EVEN_PARTS = 5_000  # of one size, as some stores want them
@@ -13,6 +17,7 @@ _GROW_EVERY = 1_000
 _IN_FLIGHT = 8
 _COPIED_AT_ONCE = 512 << 20  # bytes; below what any store copies in one request, and several go faster
 _MOST_PARTS = 10_000
+_TO_LOOK_S = 30.0
 
 
 def part_size(number: int) -> int:
@@ -25,7 +30,8 @@ class Multipart(Protocol):
 
     def put(self, name: str, data: bytes) -> None: ...
 
-    def begin(self, name: str) -> str: ...
+    def begin(self, name: str) -> str:
+        """The id of a new upload, which with `cancel_others` is the only one of this name."""
 
     def send(self, name: str, upload: str, number: int, data: bytearray) -> Any:
         """Numbers begin at 1; the answer is a receipt that `complete` hands in."""
@@ -34,11 +40,22 @@ class Multipart(Protocol):
 
     def cancel(self, name: str, upload: str) -> None: ...
 
+    def unended(self, prefix: str) -> Iterator[Unended]: ...
+
     def copy_whole(self, source: str, name: str) -> None:
         """One request that copies a small object."""
 
     def copy_part(self, source: str, name: str, upload: str, number: int, start: int, end: int) -> Any:
         """The bytes [start, end) of an object as a part; the answer is a receipt as that of `send`."""
+
+
+def cancel_others(requests: Multipart, name: str, upload: str) -> None:
+    """Give up what an earlier try has begun whose answer got lost: nobody knows its id, and it would be paid for.
+    Only for names that nobody else uses."""
+    with suppress(Exception), in_haste(_TO_LOOK_S, is_once=True):  # a sweep would find it too
+        for other in [*requests.unended(name)]:
+            if other.name == name and other.upload != upload:
+                requests.cancel(name, other.upload)
 
 
 def copy(requests: Multipart, source: str, name: str, size: int) -> None:

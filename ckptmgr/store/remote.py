@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AlreadyExistsError, CheckpointError, ConfigError, NotFoundError, StoreError
 from . import Entry
 from .arguments import as_bytes, checked_folder, checked_key, is_key
-from .dialect import Dialect, Fault, password, public_url
+from .dialect import Dialect, Fault, Unended, password, public_url
+from .haste import in_haste
 from .range_reader import RangeReader
+from .redaction import secrets_of
 from .remote_writer import RemoteWriter
+from .retries import Patience, tries
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -25,8 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ckptmgr.store")
 
 _DELETES_AT_ONCE = 8
-_SECRET = re.compile("secret|token|pass|key|sas", re.IGNORECASE)
-_SHORTEST_SECRET = 4  # characters; less is no secret, and is found in every word
+_TO_LOOK_S = 30.0
 
 
 class FsspecStore:
@@ -38,19 +40,24 @@ class FsspecStore:
     bytes given to `put(create=True)` counts as created by this call: put something in them that
     nobody else would, such as a random number.
 
-    Clients are built on first use, once per process, and never shared with a forked one or pickled.
+    A request that fails is tried again within the deadline of `patience` where that can help. Clients
+    are built on first use, once per process, and never shared with a forked one or pickled.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None, patience: Patience | None = None) -> None:
         self._url, self._options = url, dict(options or {})
+        self._patience = patience or Patience()
         self._connect = _dialect_for(url)
-        self._dialects: dict[int, Dialect] = {}  # by process: a forked one must not use its parent's connections
+        # By process: a forked one must not use its parent's connections, nor wait for its threads.
+        self._dialects: dict[int, Dialect] = {}
+        self._building: dict[int, threading.Lock] = {}
+        self._hides_uploads = False
 
     def __repr__(self) -> str:
         return f"FsspecStore({self.url!r})"
 
-    def __reduce__(self) -> tuple[type[FsspecStore], tuple[str, dict[str, Any]]]:
-        return FsspecStore, (self._url, self._options)
+    def __reduce__(self) -> tuple[type[FsspecStore], tuple[str, dict[str, Any], Patience]]:
+        return FsspecStore, (self._url, self._options, self._patience)
 
     @property
     def url(self) -> str:
@@ -130,10 +137,7 @@ class FsspecStore:
                 continue
             with self._edge("delete", key) as dialect:
                 names.extend(entry.key for entry in dialect.list(f"{name}/", True))
-                try:
-                    dialect.drop_uploads(f"{name}/")
-                except Exception as exc:  # noqa: BLE001 - may be refused or not be there; the objects go all the same
-                    _log.debug("uploads.drop.failed url=%s/%s cause=%s", self.url, key, dialect.describe(exc))
+                self._cancel_below(dialect, f"{name}/")
         if len(names) == 1:
             self._delete(names[0])
         elif names:
@@ -143,6 +147,48 @@ class FsspecStore:
     def rename(self, source: str, target: str) -> None:
         """Always raises `StoreError`."""
         raise StoreError(f"folders can't be renamed at {self.url}: copy {source} to {target} and delete it instead")
+
+    def uploads(self, folder: str = "") -> tuple[Unended, ...]:
+        """The uploads of large objects that were begun and not ended, named by their keys, with their bytes."""
+        prefix, below = self._name(f"{checked_folder(folder)}/" if folder else ""), len(self._name(""))
+        with self._edge("list the uploads of", folder) as dialect:
+            found = [self._sized(dialect, upload) for upload in [*dialect.unended(prefix)]]
+        return tuple(upload._replace(name=upload.name[below:]) for upload in found if upload is not None)
+
+    def _sized(self, dialect: Dialect, upload: Unended) -> Unended | None:
+        try:
+            return dialect.sized(upload)
+        except Exception as exc:
+            if dialect.diagnose(exc) is not Fault.NO_UPLOAD:
+                raise
+            return None  # it has ended since the listing
+
+    def drop_upload(self, upload: Unended) -> None:
+        """End one of `uploads` without an object. One that has ended meanwhile is no error."""
+        with self._edge("cancel the upload of", upload.name) as dialect:
+            try:
+                dialect.cancel(self._name(upload.name), upload.upload)
+            except Exception as exc:
+                if dialect.diagnose(exc) is not Fault.NO_UPLOAD:
+                    raise
+
+    def give_up(self) -> None:
+        """For the length of the deadline no request is tried again, and none is made while the store is down: for
+        a process that ends. From any thread; returns at once."""
+        if (dialect := self._dialects.get(os.getpid())) is not None:
+            dialect.retries.give_up()
+
+    def _cancel_below(self, dialect: Dialect, prefix: str) -> None:
+        """Give up the uploads below a folder that goes, where the store lets us see them."""
+        if self._hides_uploads:
+            return
+        try:
+            with in_haste(_TO_LOOK_S, is_once=True):
+                for upload in [*dialect.unended(prefix)]:
+                    dialect.cancel(upload.name, upload.upload)
+        except Exception as exc:  # noqa: BLE001 - may be refused or not be there; the objects go all the same
+            self._hides_uploads = not dialect.outlook(exc).may_pass
+            _log.debug("uploads.drop.failed url=%s/%s cause=%s", self.url, prefix, dialect.describe(exc))
 
     def _listed(self, dialect: Dialect, prefix: str, recursive: bool) -> Iterator[Entry]:
         below = len(self._name(""))
@@ -181,15 +227,22 @@ class FsspecStore:
     @property
     def _dialect(self) -> Dialect:
         pid = os.getpid()
-        if pid not in self._dialects:
-            try:
-                self._dialects[pid] = self._connect(self._url, self._options)
-            except CheckpointError:
-                raise
-            except Exception as exc:  # every library has its own way to refuse an option
-                cause = self._without_secrets(f"{type(exc).__name__}: {exc}")
-                raise ConfigError(f"storage.options do not fit {self.url}: {cause}") from exc
-        return self._dialects[pid]
+        dialect = self._dialects.get(pid)
+        if dialect is not None:
+            return dialect
+        with self._building.setdefault(pid, threading.Lock()):
+            if (dialect := self._dialects.get(pid)) is None:
+                dialect = self._dialects[pid] = self._new_dialect()
+            return dialect
+
+    def _new_dialect(self) -> Dialect:
+        try:
+            return self._connect(self._url, self._options, self._patience)
+        except CheckpointError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - every library has its own way to refuse an option
+            cause = self._without_secrets(f"{type(exc).__name__}: {exc}")
+            raise ConfigError(f"storage.options do not fit {self.url}: {cause}") from self._shown(exc)
 
     @contextmanager
     def _edge(self, doing: str, key: str) -> Iterator[Dialect]:
@@ -198,11 +251,13 @@ class FsspecStore:
             yield dialect
         except CheckpointError:
             raise
-        except Exception as exc:  # client libraries and what lies below them share no base class
-            raise self._explained(dialect, exc, doing, f"{self.url}/{key}" if key else self.url) from exc
+        except Exception as exc:  # noqa: BLE001 - client libraries and what lies below them share no base class
+            raise self._explained(dialect, exc, doing, f"{self.url}/{key}" if key else self.url) from self._shown(exc)
 
     def _explained(self, dialect: Dialect, exc: Exception, doing: str, url: str) -> CheckpointError:
         cause = self._without_secrets(" ".join(dialect.describe(exc).split()))
+        if told := tries(exc):
+            cause = f"{cause} ({told})"
         match dialect.diagnose(exc):
             case Fault.NO_BUCKET:
                 return StoreError(f"bucket {dialect.bucket!r} does not exist: create it or correct the root {self.url}")
@@ -211,11 +266,40 @@ class FsspecStore:
             case Fault.DENIED:
                 text = f"no permission to {doing} {url}: {cause}; check the credentials: {dialect.credentials}"
                 return StoreError(text, EACCES)
+            case Fault.EXPIRED:
+                self._forget(dialect)  # the next request looks for new ones
+                text = f"could not {doing} {url}, as the credentials have expired: {cause}; renew {dialect.credentials}"
+                return StoreError(text, EACCES)
+            case Fault.SKEWED:
+                return StoreError(
+                    f"could not {doing} {url}: {cause}; the clock of this machine is wrong by minutes: set it"
+                )
+            case Fault.ELSEWHERE:
+                return StoreError(
+                    f"could not {doing} {url}: {cause}; bucket {dialect.bucket!r} is in another region or behind "
+                    "another endpoint: correct storage.options"
+                )
         text = f"could not {doing} {url}: {cause}; check the store, the network and the endpoint, then try again"
         return StoreError(text, exc.errno if isinstance(exc, OSError) else None)
 
+    def _forget(self, dialect: Dialect) -> None:
+        """Another thread may have replaced it already."""
+        pid = os.getpid()
+        with self._building.setdefault(pid, threading.Lock()):
+            if self._dialects.get(pid) is dialect:
+                del self._dialects[pid]
+
+    def _shown(self, exc: Exception) -> Exception | None:
+        """What a traceback may show as the cause: nothing where any error that led to it speaks of a secret."""
+        each: BaseException | None = exc
+        while each is not None:
+            if self._without_secrets(text := str(each)) != text:
+                return None
+            each = each.__cause__ or each.__context__
+        return exc
+
     def _without_secrets(self, text: str) -> str:
-        for secret in filter(None, (password(self._url), *_secrets(self._options))):
+        for secret in filter(None, (password(self._url), *secrets_of(self._options))):
             text = text.replace(secret, "***")
         return text
 
@@ -232,7 +316,7 @@ def _read(dialect: Dialect, name: str) -> bytes | None:
         raise
 
 
-def _dialect_for(url: str) -> Callable[[str, Mapping[str, Any]], Dialect]:
+def _dialect_for(url: str) -> Callable[[str, Mapping[str, Any], Patience], Dialect]:
     protocol = url.partition("://")[0]
     if "::" in url:
         raise ConfigError(
@@ -263,11 +347,3 @@ def _dialect_for(url: str) -> Callable[[str, Mapping[str, Any]], Dialect]:
     except ImportError as exc:
         how = f"pip install 'ckptmgr[{extra}]'" if extra else str(exc)
         raise ConfigError(f"root: {public_url(url)!r} needs a library that is not installed: {how}") from exc
-
-
-def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _secrets(value)
-        elif isinstance(value, str) and len(value) >= _SHORTEST_SECRET and _SECRET.search(name):
-            yield value

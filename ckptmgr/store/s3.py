@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from socket import gaierror
 from typing import Any
 
+import aiohttp
 import s3fs
-from aiohttp import ClientPayloadError
 from botocore.exceptions import (
     ClientError,
-    IncompleteReadError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    FlexibleChecksumError,
+    HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
     ProfileNotFound,
-    ResponseStreamingError,
+    ProxyConnectionError,
+    SSLError,
 )
+from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync
 from fsspec.config import conf
 
 from . import Entry
-from .dialect import Fault, seconds, split_url
-from .multipart import MultipartUpload, copy
+from .dialect import Fault, Unended, seconds, split_url
+from .multipart import MultipartUpload, cancel_others, copy
+from .retries import Outlook, Patience, Retries, of_status, range_length
 
-_DENIED_CODES = {
-    "AccessDenied",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
+_DENIED_CODES = {"AccessDenied", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
+_EXPIRED_CODES = {"ExpiredToken", "TokenRefreshRequired"}
+_ELSEWHERE_CODES = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+_PASSING_CODES = {  # with a status that says nothing of the kind
+    "BadDigest",
+    "IncompleteBody",
+    "RequestTimeout",
+    "SlowDown",
+    "XAmzContentSHA256Mismatch",
 }
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-_CUT_OFF = (ClientPayloadError, IncompleteReadError, ResponseStreamingError)  # after botocore's part: in the body
-_TRIES = 5
+_UNREACHED = (
+    EndpointConnectionError,
+    FlexibleChecksumError,
+    ConnectTimeoutError,
+    ProxyConnectionError,
+    SSLError,
+    aiohttp.ClientConnectorError,
+    ConnectionRefusedError,
+    gaierror,
+)
+_BROKEN_OFF = (
+    FlexibleChecksumError,
+    HTTPClientError,
+    ResponseParserError,
+    aiohttp.ClientError,
+    ConnectionError,
+    TimeoutError,
+    EOFError,
+)
 
 
 class S3Dialect:
@@ -44,46 +70,43 @@ class S3Dialect:
         "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, ~/.aws, the machine's role, or storage.options"
     )
 
-    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, url: str, options: Mapping[str, Any], patience: Patience) -> None:
         self.bucket, self.prefix = split_url(url)
-        self._fs = s3fs.S3FileSystem(**_arguments(options), use_listings_cache=False, skip_instance_cache=True)
-        self._fs.retries = 1  # botocore repeats what failed; s3fs would repeat all of botocore's tries
+        self.retries = Retries(patience, self.outlook)
+        arguments = _arguments(options, patience.silence_s)
+        self._fs = s3fs.S3FileSystem(**arguments, use_listings_cache=False, skip_instance_cache=True)
+        self._fs.retries = 1  # tries
 
     def get(self, name: str, start: int, end: int | None) -> bytes:
-        for again in range(_TRIES):
-            try:
-                data: bytes = self._fs.cat_file(f"{self.bucket}/{name}", start=start, end=end)
-            except _CUT_OFF:
-                if again == _TRIES - 1:
-                    raise
-            else:
-                break
+        return self.retries(lambda limit: bytes(sync(self._fs.loop, self._get, name, start, end, timeout=limit)))
+
+    async def _get(self, name: str, start: int, end: int | None) -> bytes:
+        span = {} if start == 0 and end is None else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
+        answer = await self._fs._call_s3("get_object", Bucket=self.bucket, Key=name, **span)
+        async with answer["Body"] as body:
+            data: bytes = await body.read()
+        if (wanted := answer.get("ContentRange")) and len(data) != range_length(wanted):
+            raise EOFError(f"{len(data)} bytes arrived of {wanted}")
         return data
 
     def put(self, name: str, data: bytes) -> None:
         self._call("put_object", name, Body=data)
 
     def create(self, name: str, data: bytes) -> None:
-        for again in range(_TRIES):
-            try:
-                self._call("put_object", name, Body=data, IfNoneMatch="*")
-            except OSError as exc:
-                # Another create of the same name is under way, and may yet fail.
-                if _status(exc) != 409 or again == _TRIES - 1:
-                    raise
-                time.sleep(0.1 * 2**again)
-            else:
-                return
+        self._call("put_object", name, Body=data, IfNoneMatch="*")
 
     def upload(self, name: str) -> MultipartUpload:
         return MultipartUpload(self, name)
 
     def begin(self, name: str) -> str:
-        return str(self._call("create_multipart_upload", name)["UploadId"])
+        def mend(answer: Any) -> None:
+            cancel_others(self, name, answer["UploadId"])
+
+        return str(self._ask("create_multipart_upload", mend=mend, Key=name)["UploadId"])
 
     def send(self, name: str, upload: str, number: int, data: bytearray) -> dict[str, Any]:
-        answer = self._call("upload_part", name, UploadId=upload, PartNumber=number, Body=data)
-        return _receipt(number, answer)
+        what = f"part {number}"
+        return _receipt(number, self._call("upload_part", name, what, UploadId=upload, PartNumber=number, Body=data))
 
     def complete(self, name: str, upload: str, receipts: list[Any], size: int) -> None:
         try:
@@ -112,6 +135,7 @@ class S3Dialect:
         answer = self._call(
             "upload_part_copy",
             name,
+            f"part {number}",
             UploadId=upload,
             PartNumber=number,
             CopySource={"Bucket": self.bucket, "Key": source},
@@ -120,9 +144,9 @@ class S3Dialect:
         return _receipt(number, answer["CopyPartResult"])
 
     def list(self, prefix: str, recursive: bool) -> Iterator[Entry]:
-        more = {} if recursive else {"Delimiter": "/"}
+        more: dict[str, Any] = {} if recursive else {"Delimiter": "/"}
         while True:
-            page = self._fs.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=prefix, **more)
+            page = self._ask("list_objects_v2", Prefix=prefix, **more)
             for item in page.get("Contents", ()):
                 yield Entry(item["Key"], item["Size"], seconds(item.get("LastModified")))
             for item in page.get("CommonPrefixes", ()):
@@ -141,16 +165,37 @@ class S3Dialect:
     def delete(self, name: str) -> None:
         self._call("delete_object", name)
 
-    def drop_uploads(self, prefix: str) -> None:
-        more: dict[str, str] = {}
+    def unended(self, prefix: str) -> Iterator[Unended]:
+        more: dict[str, Any] = {}
         while True:
-            page = self._fs.call_s3("list_multipart_uploads", Bucket=self.bucket, Prefix=prefix, **more)
+            page = self._ask("list_multipart_uploads", Prefix=prefix, **more)
             for upload in page.get("Uploads", ()):
                 if upload["Key"].startswith(prefix):  # not every store heeds the prefix
-                    self.cancel(upload["Key"], upload["UploadId"])
+                    yield Unended(upload["Key"], upload["UploadId"], seconds(upload.get("Initiated")), 0)
             if not page.get("IsTruncated"):
                 return
             more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def sized(self, upload: Unended) -> Unended:
+        count, more = 0, dict[str, Any]()
+        while True:
+            page = self._call("list_parts", upload.name, UploadId=upload.upload, **more)
+            count += sum(part["Size"] for part in page.get("Parts", ()))
+            if not page.get("IsTruncated"):
+                return upload._replace(bytes=count)
+            more = {"PartNumberMarker": page["NextPartNumberMarker"]}
+
+    def outlook(self, exc: Exception) -> Outlook:
+        if isinstance(exc, _UNREACHED):
+            return Outlook(True, is_reached=False)
+        error = _client_error(exc)
+        if error is None:
+            return Outlook(isinstance(exc, _BROKEN_OFF))
+        headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        # 409: another create of the same name is under way, and may yet fail.
+        if _code(exc) in _PASSING_CODES or _status(exc) == 409:
+            return of_status(503, headers.get("retry-after"))
+        return of_status(_status(exc), headers.get("retry-after"))
 
     def diagnose(self, exc: Exception) -> Fault:
         if isinstance(exc, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
@@ -158,11 +203,18 @@ class S3Dialect:
         status, code = _status(exc), _code(exc)
         if code == "NoSuchBucket":
             return Fault.NO_BUCKET
+        if code in _EXPIRED_CODES:
+            return Fault.EXPIRED
+        if code == "RequestTimeTooSkewed":
+            return Fault.SKEWED
+        if code == "NoSuchUpload":
+            return Fault.NO_UPLOAD
+        if code in _ELSEWHERE_CODES or status == 301:
+            return Fault.ELSEWHERE
         if code in _DENIED_CODES or status in (401, 403):
             return Fault.DENIED
         known = {404: Fault.MISSING, 412: Fault.EXISTS, 416: Fault.PAST_END}
-        # An upload that has gone is no object that is missing.
-        return Fault.UNCLEAR if code == "NoSuchUpload" else known.get(status, Fault.UNCLEAR)
+        return known.get(status, Fault.UNCLEAR)
 
     def describe(self, exc: Exception) -> str:
         error = _client_error(exc)
@@ -171,8 +223,14 @@ class S3Dialect:
         details = error.response.get("Error", {})
         return f"{details.get('Code', 'error')}: {details.get('Message', '')}"
 
-    def _call(self, method: str, name: str, **arguments: Any) -> Any:
-        return self._fs.call_s3(method, Bucket=self.bucket, Key=name, **arguments)
+    def _call(self, method: str, name: str, what: str = "", **arguments: Any) -> Any:
+        return self._ask(method, what, Key=name, **arguments)
+
+    def _ask(self, method: str, what: str = "", mend: Callable[[Any], object] | None = None, **arguments: Any) -> Any:
+        arguments = {"Bucket": self.bucket, **arguments}
+        return self.retries(
+            lambda limit: sync(self._fs.loop, self._fs._call_s3, method, timeout=limit, **arguments), what, mend
+        )
 
 
 def _receipt(number: int, answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,12 +238,13 @@ def _receipt(number: int, answer: Mapping[str, Any]) -> dict[str, Any]:
     return {"PartNumber": number, "ETag": answer["ETag"], **checksums}
 
 
-def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(options: Mapping[str, Any], silence_s: float) -> dict[str, Any]:
     given = {**conf.get("s3", {}), **options}
     arguments = dict(options)
     arguments["config_kwargs"] = {
-        "retries": {"mode": "adaptive", "max_attempts": 10},
-        "read_timeout": 60,
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+        "connect_timeout": silence_s,
+        "read_timeout": silence_s,
         "max_pool_connections": 32,
         **given.get("config_kwargs", {}),
     }

@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .corruption import Corruption, corruptions
+from .crash_points import CrashPoints, JobError
+from .fault_proxy import FaultProxy
+from .http_server import HttpFault
 from .memory_files import MemoryFiles
 from .memory_store import MemoryStore
+from .pausing_store import PausingStore
+from .power_loss import DiskState, PowerLoss
 from .stores import Crash, CrashingStore, SlowStore
+from .system_calls import Call, SystemCalls
 from .thread_circle import ThreadCircle
 from .thread_ranks import ThreadRanks
 
@@ -18,15 +25,26 @@ if TYPE_CHECKING:
     from .store_contract import StoreContract
 
 __all__ = [
+    "Call",
+    "Corruption",
     "Crash",
+    "CrashPoints",
     "CrashingStore",
+    "DiskState",
+    "FaultProxy",
     "FormatContract",
+    "HttpFault",
+    "JobError",
     "MemoryFiles",
     "MemoryStore",
+    "PausingStore",
+    "PowerLoss",
     "SlowStore",
     "StoreContract",
+    "SystemCalls",
     "ThreadCircle",
     "ThreadRanks",
+    "corruptions",
 ]
 
 

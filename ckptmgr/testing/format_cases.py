@@ -35,7 +35,7 @@ def every_shape() -> Snapshot:
                 "view": base[7:11],
                 "row": base.view(12, 20)[:, 3],
                 "transposed": base[:12].view(3, 4).t(),
-                "expanded": torch.tensor([2.0]).expand(3, 3),
+                "expanded": torch.tensor([2.0]).expand(300, 300),
                 "channels_last": base[:120].reshape(2, 3, 4, 5).to(memory_format=torch.channels_last),
                 "channels_last_3d": base.reshape(2, 2, 3, 4, 5).to(memory_format=torch.channels_last_3d),
                 "conjugate": torch.tensor([1 + 2j, 3 - 4j]).conj(),

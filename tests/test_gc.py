@@ -1,0 +1,134 @@
+"""Does `gc` find what dead processes left, remove it when asked, and touch nothing else?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from servers import Bucket
+
+from ckptmgr.cli import main
+from ckptmgr.lock import acquire
+from ckptmgr.repository import Repository
+from ckptmgr.store import Store, open_store
+from ckptmgr.store.remote import FsspecStore
+from ckptmgr.testing import HttpFault
+
+_NONCE = "0123456789abcdef"
+
+
+def _gc(bucket: Bucket, *args: str) -> Result:
+    return CliRunner().invoke(main, ["gc", f"{bucket.url}/runs", "--option", json.dumps(bucket.options), *args])
+
+
+def _begin_upload(store: Store, key: str) -> Any:
+    """As a process does that is killed before it ends; the writer, whose end is nobody's business."""
+    writer = store.writer(key)
+    writer.write(bytes(17 << 20))
+    return writer
+
+
+@pytest.fixture(params=["s3_moto", "oss"])
+def bucket(request: pytest.FixtureRequest) -> Bucket:
+    found: Bucket = request.getfixturevalue(request.param)
+    return found
+
+
+def test_it_lists_and_ends_the_uploads_of_dead_writers_and_no_others(bucket: Bucket) -> None:
+    store = open_store(f"{bucket.url}/runs", bucket.options)
+    assert isinstance(store, FsspecStore)
+    ours, foreign = f"step-00000001/{_NONCE}/model.safetensors", "someone/else.bin"
+    outside = open_store(bucket.url, bucket.options)
+    writers = [_begin_upload(store, ours), _begin_upload(store, foreign), _begin_upload(outside, f"a/{_NONCE}/b")]
+    for writer in writers:
+        for future in writer._upload._in_flight:
+            future.result()
+    shown = _gc(bucket, "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.splitlines()[1].split()[:3] == ["upload", "16.0", "MiB"]
+    assert ours in shown.output
+    assert foreign not in shown.output
+    assert sorted(upload.name for upload in store.uploads()) == sorted([foreign, ours])
+    told = json.loads(_gc(bucket, "--yes", "--json").output)
+    assert [(one["kind"], one["key"], one["size"]) for one in told["litter"]] == [("upload", ours, 16 << 20)]
+    assert told["freed"] == 16 << 20
+    assert [upload.name for upload in store.uploads()] == [foreign]
+    assert len(outside.uploads()) == 2  # type: ignore[attr-defined]
+    for writer in writers:
+        writer.abort()
+
+
+def test_it_removes_dead_drafts(gcs: Bucket) -> None:
+    store = open_store(f"{gcs.url}/runs", gcs.options)
+    draft = Repository(store).begin(7, None, "run")
+    with draft.create("model.bin") as file:
+        file.write(b"12345")
+    told = json.loads(_gc(gcs, "--json", "--yes").output)
+    assert [(one["kind"], one["size"]) for one in told["litter"]] == [("draft", 5)]
+    assert [entry.key for entry in store.list() if entry.key.startswith("step")] == []
+    assert json.loads(_gc(gcs, "--json", "--yes").output)["litter"] == []
+
+
+def test_a_folder_of_this_machine_has_drafts_too(tmp_path: Path) -> None:
+    draft = Repository(open_store(tmp_path / "runs", fsync=False)).begin(7, None, "run")
+    with draft.create("model.bin") as file:
+        file.write(b"12345")
+    runner = CliRunner()
+    assert "1 piece of litter" in runner.invoke(main, ["gc", str(tmp_path / "runs"), "--dry-run"]).output
+    assert runner.invoke(main, ["gc", str(tmp_path / "runs"), "--yes"]).exit_code == 0
+    assert "0 pieces of litter" in runner.invoke(main, ["gc", str(tmp_path / "runs"), "--dry-run"]).output
+
+
+def test_it_does_nothing_while_another_process_writes(s3_moto: Bucket) -> None:
+    store = open_store(f"{s3_moto.url}/runs", s3_moto.options)
+    assert isinstance(store, FsspecStore)
+    writer = _begin_upload(store, f"step-00000001/{_NONCE}/model.safetensors")
+    lock = acquire(store, floor=0, takeover=False, ttl_s=60)
+    result = _gc(s3_moto, "--yes")
+    assert (result.exit_code, len(store.uploads())) == (4, 1)
+    lock.release()
+    writer.abort()
+
+
+def test_it_asks_first(tmp_path: Path) -> None:
+    draft = Repository(open_store(tmp_path, fsync=False)).begin(7, None, "run")
+    with draft.create("model.bin") as file:
+        file.write(b"12345")
+    result = CliRunner().invoke(main, ["gc", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "--yes" in result.output
+
+
+def test_it_goes_on_where_uploads_may_not_be_looked_at(s3_proxy: Any) -> None:
+    bucket, proxy = s3_proxy
+    Repository(open_store(f"{bucket.url}/runs", bucket.options)).begin(7, None, "run").create("a").__enter__()
+    proxy.faults.append(HttpFault("GET .*[?&]uploads", status=403, count=1000))
+    shown = _gc(bucket, "--yes")
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.count("are not looked at") == 1
+    assert "removed 1 piece of litter" in shown.output
+
+
+def test_the_upload_of_another_tool_below_a_folder_with_a_hash_for_a_name_stays(bucket: Bucket) -> None:
+    store = open_store(f"{bucket.url}/runs", bucket.options)
+    assert isinstance(store, FsspecStore)
+    writer = _begin_upload(store, f"dataset/{_NONCE}/part-1.bin")
+    assert json.loads(_gc(bucket, "--yes", "--json").output)["litter"] == []
+    assert len(store.uploads()) == 1
+    store.put(f".ckptmgr/drafts/dataset.{_NONCE}", b"")  # the note of a draft: it is ours
+    found = json.loads(_gc(bucket, "--dry-run", "--json").output)["litter"]
+    assert [one["kind"] for one in found] == ["draft", "upload"]
+    writer.abort()
+
+
+def test_it_shows_fences_and_counts_what_really_went(gcs: Bucket) -> None:
+    store = open_store(f"{gcs.url}/runs", gcs.options)
+    store.put(f".ckptmgr/drafts/step-00000001.{_NONCE}.fenced", b"")
+    told = json.loads(_gc(gcs, "--dry-run", "--json").output)
+    assert ([one["kind"] for one in told["litter"]], told["removed"]) == (["fence"], 0)
+    told = json.loads(_gc(gcs, "--yes", "--json").output)
+    left = json.loads(_gc(gcs, "--dry-run", "--json").output)["litter"]
+    assert told["removed"] == 1 - len(left)
