@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -156,3 +157,17 @@ def oss(oss_server: OssServer) -> Bucket:
     name = _new_name()
     oss_server.create_bucket(name)
     return Bucket(f"oss://{name}", {"endpoint": oss_server.url, "key": _KEY, "secret": _SECRET})
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the tests below `faults` have tried. Here, as with pytest-xdist the process that reports loads no other
+    conftest."""
+    counts = Counter[str]()
+    for report in terminalreporter.stats.get("passed", ()):
+        for key, value in getattr(report, "user_properties", ()):
+            if key == "faults" and report.when == "call":
+                counts[value[0]] += value[1]
+    if counts:
+        terminalreporter.section("faults tried and survived")
+        for what, number in sorted(counts.items()):
+            terminalreporter.line(f"{number:>7,} {what}")

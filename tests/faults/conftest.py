@@ -6,14 +6,12 @@ them, by `pytest -m faults`. What it tells `tally` stands at the end of pytest's
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 
 T = TypeVar("T")
-_KEY = "faults"
 
 
 class Profile:
@@ -42,18 +40,6 @@ def tally(record_property: Callable[[str, object], None]) -> Callable[[str, int]
     """`tally("crash points", 12)`: so many were tried and survived."""
 
     def count(what: str, number: int = 1) -> None:
-        record_property(_KEY, [what, number])
+        record_property("faults", [what, number])  # which tests/conftest.py adds up
 
     return count
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    counts = Counter[str]()
-    for report in terminalreporter.stats.get("passed", ()):
-        for key, value in getattr(report, "user_properties", ()):
-            if key == _KEY and report.when == "call":
-                counts[value[0]] += value[1]
-    if counts:
-        terminalreporter.section("faults tried and survived")
-        for what, number in sorted(counts.items()):
-            terminalreporter.line(f"{number:>7,} {what}")
