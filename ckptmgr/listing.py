@@ -190,7 +190,10 @@ def current(look: Callable[[], Listing]) -> Listing:
     """What `look` answers; again when all that it names was deleted meanwhile, and others have come."""
     listing = look()
     for _ in range(_LOOKS):  # and no more: somebody else's folders may come and go for ever
-        if not listing.is_past() or (later := look()).is_same(listing):
+        if not listing.is_past():
+            break
+        later = look()
+        if later.is_same(listing) and later.is_past():  # the same folders may hold one by now
             break
         listing = later
     return listing

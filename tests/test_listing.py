@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptmgr.errors import FormatVersionError
+from ckptmgr.errors import FormatVersionError, NotFoundError
 from ckptmgr.lock import acquire
 from ckptmgr.manifest import Manifest, NameTemplate, Pin
 from ckptmgr.repository import Repository
@@ -329,3 +329,24 @@ def test_a_root_whose_foreign_folders_come_and_go_for_ever_is_listed_all_the_sam
     store = Churning()
     assert Repository(store).infos() == []
     assert len(store.lists) < 100
+
+
+def test_a_save_that_was_not_yet_committed_when_the_last_one_was_listed_is_found_in_the_same_folder() -> None:
+    class Rotating(Counting):
+        """Commits step 2, and deletes step 1, between the looks at their manifests."""
+
+        def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+            is_first = key not in self.gets
+            if is_first and key == "step-00000002/manifest.json":
+                self.gets.append(key)
+                raise NotFoundError(key)
+            if is_first and key == "step-00000001/manifest.json":
+                fill(self, [2])
+                self.delete([key])
+            return super().get(key, start, end)
+
+    store = Rotating()
+    fill(store, [1])
+    store.put("step-00000001/data", b"still to be deleted")
+    store.put("step-00000002/data", b"")
+    assert [info.step for info in Repository(store).infos()] == [2]

@@ -27,6 +27,7 @@ _FAULTS = {
     412: Fault.EXISTS,
     416: Fault.PAST_END,
 }
+_DONE_TOO = {"PUT": 308, "DELETE": 499}  # a block of an upload was kept; an upload was cancelled
 _BLOCK = 32 << 20  # bytes; sent one after the other
 
 
@@ -80,7 +81,7 @@ class GcsDialect:
             timeout=fs.requests_timeout,
         ) as answer:
             content = await answer.read()
-            if answer.status >= 400 and answer.status != 499:  # which says that an upload was cancelled
+            if answer.status // 100 != 2 and answer.status != _DONE_TOO.get(method):
                 raise GcsError(answer.status, _message(content), answer.headers.get("Retry-After"))
             return answer.status, answer.headers, answer.request_info, content
 
@@ -232,14 +233,7 @@ class GcsDialect:
             return Fault.UNCLEAR
         if exc.status == 404:
             return Fault.MISSING if self._bucket_exists() else Fault.NO_BUCKET
-        known = {
-            401: Fault.EXPIRED,
-            403: Fault.DENIED,
-            412: Fault.EXISTS,
-            416: Fault.PAST_END,
-            _NO_UPLOAD: Fault.NO_UPLOAD,
-        }
-        return known.get(exc.status, Fault.UNCLEAR)
+        return _FAULTS.get(exc.status, Fault.ELSEWHERE if exc.status // 100 == 3 else Fault.UNCLEAR)
 
     def describe(self, exc: Exception) -> str:
         return str(exc) if isinstance(exc, GcsError) else f"{type(exc).__name__}: {exc}"

@@ -46,19 +46,20 @@ def rotated(there: set[Seen], pins: Any, keep: int) -> frozenset[Seen]:
 
 
 def violations(
-    found: Found, lines: Sequence[tuple[int, str]], script: Sequence[Op], keep: int, start: Root
+    found: Found, lines: Sequence[tuple[int, str]], script: Sequence[Op], keep: int, start: Root, *, again: bool = False
 ) -> list[str]:
-    """What the next process should not have found, given what the dead one had reported."""
+    """What the next process should not have found, given what the dead one had reported; `again` when another one
+    had resumed after that, and died of it, too."""
     done = sorted(index for index, what in lines if what == "done")
     begun = max((index for index, what in lines if what == "begin"), default=-1)
     sure = next((index for index in range(len(script) + 1) if index not in done), 0)  # all before it are done
     roots = [start]
     for op in script[: begun + 1]:
         roots.append(after(roots[-1], op, keep))
-    legal = [
-        wrong for old, new in zip(roots[sure:], [*roots[sure + 1 :], roots[-1]], strict=True)
-        if not (wrong := _between(found, old, new, keep))
-    ]  # fmt: skip
+    pairs = list(zip(roots[sure:], [*roots[sure + 1 :], roots[-1]], strict=True))
+    if again:
+        pairs += [(root, after(root, ("resume",), keep)) for root in roots[sure:]]
+    legal = [pair for pair in pairs if not _between(found, *pair, keep)]
     told = [] if legal else [*_between(found, roots[sure], roots[min(sure + 1, len(roots) - 1)], keep)]
     return [*found.wrong, *told, *(f"litter: {name}" for name in found.litter)]
 

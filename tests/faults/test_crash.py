@@ -122,7 +122,8 @@ class Theatre:
             if second is not None and not self._kill_again(root, report.with_suffix(".second"), second):
                 return None
             found = self.points.run(Recovery(self.settings, is_shared=self.scene.is_shared, bug=bug), root)
-            return violations(found, read_report(report), self.scene.script, self.keep, self.start)
+            lines, again = read_report(report), second is not None
+            return violations(found, lines, self.scene.script, self.keep, self.start, again=again)
         finally:
             shutil.rmtree(root)
 

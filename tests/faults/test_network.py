@@ -154,7 +154,7 @@ def violations_of_a_save(place: Place, fault: HttpFault) -> list[str]:
         if is_single and not is_saved:
             found.append("a single fault failed the save")
         if not saved(manager, 3):
-            found.append("the next save failed")
+            return [*found, f"the next save failed, and {place.steps()} is there"]
     expected = [*there, 3]
     with place.manager() as manager:
         resumed = manager.resume()
