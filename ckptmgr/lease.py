@@ -65,6 +65,7 @@ class Lease:
         floor: int,
         takeover: bool,
         ttl_s: float,
+        announce: Callable[[int], None] = lambda attempt: None,
         now: Callable[[], datetime] = _now,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -72,7 +73,8 @@ class Lease:
         self.token = secrets.token_hex(8)
         self._stop = threading.Event()
         earlier = claims(store)
-        self.is_takeover = bool(earlier) and self._may_go_on(max(earlier), takeover)
+        if earlier and self._may_go_on(max(earlier), takeover):
+            announce(max(earlier))
         self.attempt = max([floor, *earlier]) + 1
         self._beat(released=False)  # before the claim, so that no claim is ever without a heartbeat
         claim = {**me(), "attempt": self.attempt, "token": self.token}

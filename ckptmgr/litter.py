@@ -1,8 +1,7 @@
 """What lies in a root that is no part of a checkpoint, and who put it there? We, in processes that died.
 
-Only what carries our names: drafts that never became checkpoints, deletions that did not end, the notes
-that keep writers out who lost the root, and the parts of large files that a store holds for an upload
-which nobody will complete.
+Only what carries our names: drafts that never became checkpoints, deletions that did not end, and the parts of
+large files that a store holds for an upload which nobody will complete.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _DATA = re.compile(r"(?P<name>[^/]+)/(?P<nonce>[0-9a-f]{16})/.+")  # where a sav
 
 
 class Litter(NamedTuple):
-    """`kind` is draft, deletion, fence or upload. `since` is in seconds since 1970 by the store's clock, if it says."""
+    """`kind` is draft, deletion or upload. `since` is in seconds since 1970 by the store's clock, if it says."""
 
     kind: str
     key: str
@@ -36,7 +35,7 @@ class Litter(NamedTuple):
         return self.kind, self.key, self.upload.upload if self.upload else ""
 
 
-def litter(repository: Repository, tell: Callable[[StoreError], object] = lambda exc: None) -> list[Litter]:
+def litter(repository: Repository, tell: Callable[[StoreError], object]) -> list[Litter]:
     """What is there now. Blocks, needs no lock, and may so find a save that is under way. Uploads that the store
     does not let us see are left out, and `tell` hears why. Raises `StoreError` for anything else."""
     store = repository.store
@@ -59,10 +58,9 @@ def drop_uploads(store: Store, found: list[Litter]) -> None:
 
 def _drafts(store: Store) -> Iterator[Litter]:
     for draft in Records(store).drafts():
-        entry = draft.entry
-        if draft.is_fenced:
-            yield Litter("fence", entry.key, entry.size, entry.modified)
+        if draft.note:  # against a writer that lost the root: few, empty, and in use
             continue
+        entry = draft.entry
         data = entry.key if entry.is_folder else f"{draft.name}/{draft.nonce}"
         files = store.list(data, recursive=True)
         times = [file.modified for file in (entry, *files) if file.modified]

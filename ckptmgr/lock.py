@@ -15,6 +15,7 @@ import os
 import secrets
 import stat
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,10 +49,6 @@ class WriterLock(Protocol):
     def attempt(self) -> int:
         """The number of this writer; higher than that of any before it."""
 
-    @property
-    def is_takeover(self) -> bool:
-        """Whether the writer before may still be alive, frozen or cut off, and go on at any moment."""
-
     def check(self) -> None:
         """Raises `FencedError` when another writer has taken over. May ask the store."""
 
@@ -59,23 +56,31 @@ class WriterLock(Protocol):
         """Let the next writer in at once. May be repeated."""
 
 
-def acquire(store: Store, *, floor: int = 0, takeover: bool = False, ttl_s: float = 60.0) -> WriterLock:
+def acquire(
+    store: Store,
+    *,
+    floor: int = 0,
+    takeover: bool = False,
+    ttl_s: float = 60.0,
+    announce: Callable[[int], None] = lambda attempt: None,
+) -> WriterLock:
     """Become the root's writer, with an attempt above `floor`.
 
     Raises `FencedError`, naming the holder, when there is one; `takeover` takes its place instead:
     whatever it commits from then on counts for nothing. A lease held from another host blocks
     until its owner shows that it lives (a third of `ttl_s` seconds) or `ttl_s` seconds are over: a job
     restarted elsewhere after a preemption goes on by itself. One of a process that has died on this host
-    is free at once.
+    is free at once. `announce` is called before the place of a writer is taken that may still be alive, frozen or cut
+    off, with its attempt.
     """
     if store.path is not None and fcntl is not None:
         try:
-            return FileLock(store.path, floor=floor, takeover=takeover)
+            return FileLock(store.path, floor=floor, takeover=takeover, announce=announce)
         except OSError as exc:
             if exc.errno not in _UNSUPPORTED:
                 raise _refused(store.path / FOLDER / "lock", exc) from exc
             _log.info("lock.flock.unsupported path=%s, using a lease", store.path)
-    return Lease(store, floor=floor, takeover=takeover, ttl_s=ttl_s)
+    return Lease(store, floor=floor, takeover=takeover, ttl_s=ttl_s, announce=announce)
 
 
 def last_writer(store: Store) -> int:
@@ -105,11 +110,13 @@ def _refused(path: Path, exc: OSError) -> StoreError:
 class FileLock:
     """An exclusive `flock`. A take-over puts a new file in the old one's place."""
 
-    def __init__(self, root: Path, *, floor: int, takeover: bool) -> None:
+    def __init__(
+        self, root: Path, *, floor: int, takeover: bool, announce: Callable[[int], None] = lambda attempt: None
+    ) -> None:
         assert fcntl is not None
         self._root, self._path = root, root / FOLDER / "lock"
         make_folders(self._path.parent)
-        self.is_takeover = is_new = False
+        is_new = False
         while True:
             fd = _open(self._path)
             try:
@@ -121,8 +128,9 @@ class FileLock:
                     raise
                 if not takeover:
                     raise held(str(root), owner) from None
+                announce(attempt_of(owner))
                 floor = max(floor, attempt_of(owner), self._put_out())
-                takeover, self.is_takeover = False, True  # the new file is ours, or belongs to someone faster
+                takeover = False  # the new file is ours, or belongs to someone faster
                 continue
             try:
                 if self._is_current(fd):

@@ -38,7 +38,7 @@ _NAME = re.compile(FOLDER_NAME)
 # A nonce has no "-": the last part can't be both a nonce and an attempt.
 _BY = re.compile(r"\.by-([0-9]{1,18})\.json$")
 _ASIDE = re.compile(rf"(?P<name>{FOLDER_NAME})\.(?P<nonce>[0-9A-Za-z]+)(?:{_BY.pattern}|\.json)")
-_DRAFT = re.compile(rf"(?P<name>{FOLDER_NAME})\.(?P<nonce>[0-9a-f]{{16}})(?P<fenced>\.fenced)?")
+_DRAFT = re.compile(rf"(?P<name>{FOLDER_NAME})\.(?P<nonce>[0-9a-f]{{16}})(?:\.(?P<note>fenced|closed))?")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 RESERVED_TAGS = ("latest", "best")
 # What `LocalStore` says of a folder, a link or a socket in a file's place.
@@ -50,8 +50,8 @@ _log = logging.getLogger("ckptmgr.records")
 
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """A checkpoint's manifest under another name: no checkpoint any more, its data still there. `attempt` is that of
-    the writer who put it there; 0 where its key does not say."""
+    """A checkpoint's manifest under another name: it is about to go, or is none any more and its data still there.
+    `attempt` is that of the writer who put it there; 0 where its key does not say."""
 
     key: str
     name: str
@@ -69,12 +69,13 @@ class AsideKey(NamedTuple):
 
 
 class DraftKey(NamedTuple):
-    """A draft, or (`is_fenced`) the note that one was removed while somebody may still have been writing to it."""
+    """A draft, where `note` is empty, or what is noted for good: that one was `fenced`, removed while somebody may
+    still have been writing to it, or that a folder is `closed`, as somebody may still delete from it."""
 
     entry: Entry
     name: str
     nonce: str
-    is_fenced: bool
+    note: str
 
 
 class Records:
@@ -203,7 +204,7 @@ class Records:
     def drafts(self) -> list[DraftKey]:
         """What is recorded of saves that are no checkpoints yet, and of those that must never be one."""
         found = ((_DRAFT.fullmatch(entry.name), entry) for entry in self._store.list(DRAFTS))
-        return [DraftKey(entry, m["name"], m["nonce"], m["fenced"] is not None) for m, entry in found if m]
+        return [DraftKey(entry, m["name"], m["nonce"], m["note"] or "") for m, entry in found if m]
 
 
 def checked_tag(tag: str) -> str:

@@ -202,7 +202,7 @@ class Repository:
         manifest can't be read, as nobody knows which files are its own."""
         if info.manifest is None:
             raise DamagedError(f"{self.store.url}/{info.name} can only go with its whole folder: {info.damaged}")
-        aside = self._trash.record("trash", info.name, info.manifest, lambda _: may_go(info))
+        aside = self._trash.record("trash", info.name, info.manifest, lambda: may_go(info))
         if aside is None:
             return False
         self._trash.delete_manifest(info.name)
@@ -213,11 +213,12 @@ class Repository:
     def drop_folder(self, info: CheckpointInfo, may_go: Callable[[CheckpointInfo], bool] = lambda _: True) -> bool:
         """Delete one whose manifest can't be read, with all that lies in its folder, whosever that is: only when a
         person asked for this one. The rest as with `drop`."""
-        if not may_go(info):
-            return False
-        self._trash.delete_manifest(info.name)
-        self.store.delete([f"{info.name}/"])
-        self._pins.forget((info.name, None))
+        with self._fences.closing(info.name):
+            if not may_go(info):
+                return False
+            self._trash.delete_manifest(info.name)
+            self.store.delete([f"{info.name}/"])
+            self._pins.forget((info.name, None))
         _log.info("folder.drop.done step=%d url=%s/%s", info.step, self.store.url, info.name)
         return True
 
@@ -232,7 +233,7 @@ class Repository:
         if info.manifest is None:
             return
 
-        def may_go(_: Aside) -> bool:
+        def may_go() -> bool:
             check()
             return True
 
@@ -326,18 +327,24 @@ class Repository:
 
     # What dead processes left
 
-    def sweep(self, check: Callable[[], None] = lambda: None, *, attempt: int = 0, since: int | None = None) -> int:
+    def announce(self, attempt: int) -> None:
+        """For whoever is about to take the place of a writer that may still be alive."""
+        self._fences.announce(attempt)
+
+    def sweep(self, check: Callable[[], None] = lambda: None, *, attempt: int = 0) -> int:
         """For whoever has become the writer, with this `attempt`, before it writes: remove dead drafts and finish
-        interrupted deletions; answers how many there were. Writers from the attempt `since` on were taken over and
-        may go on at any moment, all others are dead. `check` raises `FencedError` when the lock was lost."""
+        interrupted deletions; answers how many there were. Writers from one that was announced on may go on at any
+        moment, all others are dead. `check` raises `FencedError` when the lock was lost."""
         self._trash.attempt = attempt
-        return self._sweep.run(check, since)
+        return self._sweep.run(check)
 
     def _can_spare(self, aside: Aside) -> bool:
-        """Whether a checkpoint that was about to go is not pinned, nor the newest good one."""
-        infos = self.infos()
+        """Whether a checkpoint that was about to go is not pinned, nor the last good one."""
+        infos, now = self.infos(), datetime.now(UTC)
         it = next((info for info in infos if info.name == aside.name), None)
-        return it is not None and not it.pins and any(i.damaged is None and i.order > it.order for i in infos)
+        if it is None or any(pin.holds(now) for pin in it.pins):
+            return False
+        return any(other.damaged is None and other.name != it.name for other in infos)
 
     def expel(self) -> None:
         """Remove what a writer that was taken over has committed all the same since the sweep."""

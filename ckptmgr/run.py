@@ -52,7 +52,6 @@ class Run:
         self.clock = SafeClock()
         self._config, self._takeover, self._read_only = config, takeover, read_only
         self._lock: WriterLock | None = None
-        self._unswept: int | None = None  # the attempt of one that was taken over, until a sweep has come to its end
         self._has_committed = False  # since it holds the lock
         self._rules = [
             replace(rule, time_of=self.clock.time_of) if isinstance(rule, NewerThan) else rule
@@ -129,17 +128,15 @@ class Run:
                 attempts = (info.manifest.attempt for info in self.repository.infos() if info.manifest is not None)
                 floor = max(attempts, default=0)
             ttl_s = self._config.lease_ttl.total_seconds()
-            self._lock = acquire(store, floor=floor, takeover=self._takeover, ttl_s=ttl_s)
+            announce = self.repository.announce
+            self._lock = acquire(store, floor=floor, takeover=self._takeover, ttl_s=ttl_s, announce=announce)
             self._has_committed = False
             self._ledger.forget()
-            if self._lock.is_takeover and self._unswept is None:
-                self._unswept = self.attempt - 1
             try:
-                self.repository.sweep(self.check, attempt=self.attempt, since=self._unswept)
+                self.repository.sweep(self.check, attempt=self.attempt)
             except BaseException:
                 self.release()
                 raise
-            self._unswept = None
         else:
             self.check()
 

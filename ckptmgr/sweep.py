@@ -1,10 +1,11 @@
 """What did dead processes leave, and what may one that was taken over still do?
 
-A record below `.ckptmgr/` names each thing that somebody left half done, so that nothing is guessed. Where the
-writer before was taken over, it may go on at any moment: what it had recorded before the sweep it may yet
+A record below `.ckptmgr/` names each thing that somebody left half done, so that nothing is guessed. Where a
+writer was taken over, it may go on at any moment: what it had recorded before the sweep it may yet
 do, and nothing else. So what it was about to delete is deleted (but never the last good checkpoint), what it was
 about to archive is archived, its draft can't become a checkpoint any more, and none of these folders' names is
-given to a new one. What such a writer records after the sweep it does not do, as it looks at its lock then.
+given to a new one, by anybody: see `fences`. What such a writer records after the sweep it does not do, as it
+looks at its lock then.
 """
 
 from __future__ import annotations
@@ -43,19 +44,24 @@ class Sweep:
         self._can_spare = can_spare
         self._since: int | None = None  # the first attempt of those that may be alive all the same; None: all are dead
 
-    def run(self, check: Callable[[], None], since: int | None) -> int:
-        """Remove dead drafts and finish what was interrupted; answers how many there were. `since` is the attempt of
-        the writer that was taken over, and None when every other one is dead. `check` raises `FencedError` when the
-        lock is lost meanwhile, with nothing touched that is not this writer's to touch."""
-        self._since = since
+    def run(self, check: Callable[[], None]) -> int:
+        """Remove dead drafts and finish what was interrupted; answers how many there were. `check` raises `FencedError`
+        when the lock is lost meanwhile, with nothing touched that is not this writer's to touch."""
+        self._since = self._fences.unswept()
         asides, archived = self._records.asides("trash"), self._records.aside_keys("archive")
         drafts = self._records.drafts()
         check()  # so these are no later writer's
         done = self._finish_deletions(asides, archived, check)
         gone = {(aside.name, aside.manifest.nonce) for aside in asides}
         done += self._finish_archiving([one for one in archived if (one.name, one.nonce) not in gone], check)
-        done += self._close_notes([draft for draft in drafts if draft.is_fenced])
-        done += self._remove_drafts([draft for draft in drafts if not draft.is_fenced])
+        notes = [draft for draft in drafts if draft.note]
+        self._fences.recall(notes)
+        self._fences.expel()
+        self._fences.forget_oldest(notes)
+        done += self._remove_drafts([draft for draft in drafts if not draft.note])
+        if self._since is not None:
+            check()
+            self._fences.settle()
         if self._store.path is not None:
             done += remove_leftovers(self._store.path, FOLDER)
         if done:
@@ -74,8 +80,8 @@ class Sweep:
         for one in archived:
             keys.setdefault((one.name, one.nonce), set()).add(one.key)
         for aside in asides:
-            if self._since is not None:
-                self._fences.names.add(aside.name)
+            if self._may_act(aside.attempt):
+                self._fences.close(aside.name, aside.manifest.nonce, aside.key)
             going = aside
             if self.is_there(aside.name, aside.manifest.nonce):
                 own = self._take_up("trash", aside, check) if self._may_act(aside.attempt) else None
@@ -93,7 +99,7 @@ class Sweep:
     def _take_up(self, kind: str, aside: Aside, check: Callable[[], None]) -> Aside | None:
         """Make another one's record this writer's own, to act by; None when the checkpoint is to stay."""
 
-        def may_go(_: Aside) -> bool:
+        def may_go() -> bool:
             check()
             return kind == "archive" or self._can_spare(aside)
 
@@ -104,8 +110,8 @@ class Sweep:
         undone = [one for one, lives in zip(archived, alive, strict=True) if lives]
         gone = [one for one in archived if one not in undone]
         for one in undone:
-            if self._since is not None:
-                self._fences.names.add(one.name)
+            if self._may_act(one.attempt):
+                self._fences.close(one.name, one.nonce, one.key)
             aside = self._records.read_aside(one.key) if self._may_act(one.attempt) else None
             own = self._take_up("archive", aside, check) if aside else None
             if own is not None:
@@ -115,15 +121,6 @@ class Sweep:
                 self._store.delete([one.key])
         self._pins.forget(*((one.name, one.nonce) for one in gone))
         return len(undone)
-
-    def _close_notes(self, notes: Sequence[DraftKey]) -> int:
-        self._fences.recall(notes)
-        done = self._fences.expel()
-        if self._since is None:
-            self._fences.take_down(notes)
-        else:
-            self._fences.forget_oldest(notes)
-        return done
 
     def _remove_drafts(self, drafts: Sequence[DraftKey]) -> int:
         done = 0
@@ -139,16 +136,15 @@ class Sweep:
                 done += 1
         return done
 
-    def expel(self) -> int:
-        """Remove what a writer that was fenced off has committed, or recorded, all the same since the sweep; answers
-        how many checkpoints there were. Asks nothing of the store where nobody was taken over."""
-        if self._since is None:
-            return 0
-        attempt = self._trash.attempt
-        earlier = [one for one in self._records.aside_keys("trash") if 0 < one.attempt < attempt]
-        if late := [one.key for one in earlier if self.is_there(one.name, one.nonce)]:
-            self._store.delete(late)
-        return self._fences.expel()
+    def expel(self) -> None:
+        """Remove what a writer that was fenced off has committed, or recorded, all the same since the sweep. Asks
+        nothing of the store where nobody was taken over."""
+        if self._since is not None:
+            attempt = self._trash.attempt
+            earlier = [one for one in self._records.aside_keys("trash") if 0 < one.attempt < attempt]
+            if late := [one.key for one in earlier if self.is_there(one.name, one.nonce)]:
+                self._store.delete(late)
+        self._fences.expel()
 
     def is_there(self, name: str, nonce: str) -> bool:
         """Whether a save is a checkpoint. One whose manifest can't be read is none."""

@@ -25,12 +25,12 @@ class Trash:
         self._store, self._records, self._pins, self._names = store, records, pins, names
         self.attempt = 0  # of the writer; 0 where nobody holds the root
 
-    def record(self, kind: str, name: str, manifest: Manifest, may_go: Callable[[Aside], bool]) -> Aside | None:
+    def record(self, kind: str, name: str, manifest: Manifest, may_go: Callable[[], bool]) -> Aside | None:
         """Record below `trash` or `archive` that a checkpoint is going, and then ask whether it may. None, and no
         record, when it may not; nor is there one when that raises."""
         try:
             aside = self._records.put_aside(kind, name, manifest, self.attempt)
-            if may_go(aside):
+            if may_go():
                 return aside
         except BaseException:
             with suppress(CheckpointError):  # what is left of it is cleared away as that of a dead one

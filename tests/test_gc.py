@@ -124,11 +124,27 @@ def test_the_upload_of_another_tool_below_a_folder_with_a_hash_for_a_name_stays(
     writer.abort()
 
 
-def test_it_shows_fences_and_counts_what_really_went(gcs: Bucket) -> None:
-    store = open_store(f"{gcs.url}/runs", gcs.options)
-    store.put(f".ckptmgr/drafts/step-00000001.{_NONCE}.fenced", b"")
-    told = json.loads(_gc(gcs, "--dry-run", "--json").output)
-    assert ([one["kind"] for one in told["litter"]], told["removed"]) == (["fence"], 0)
-    told = json.loads(_gc(gcs, "--yes", "--json").output)
-    left = json.loads(_gc(gcs, "--dry-run", "--json").output)["litter"]
-    assert told["removed"] == 1 - len(left)
+def test_an_upload_that_can_not_be_seen_any_more_is_not_told_to_be_gone(s3_proxy: Any) -> None:
+    bucket, proxy = s3_proxy
+    store = open_store(f"{bucket.url}/runs", bucket.options)
+    assert isinstance(store, FsspecStore)
+    writer = _begin_upload(store, f"step-00000001/{_NONCE}/model.safetensors")
+    proxy.faults.append(HttpFault("GET .*[?&]uploads", skip=1, status=403, count=1000))
+    told = _gc(bucket, "--yes")
+    proxy.faults.clear()
+    assert (told.exit_code, len(store.uploads())) == (5, 1), told.output
+    assert "no permission" in told.output
+    writer.abort()
+
+
+def test_a_folder_goes_with_the_uploads_below_it_though_one_of_them_has_just_ended(s3_proxy: Any) -> None:
+    bucket, proxy = s3_proxy
+    store = open_store(f"{bucket.url}/runs", bucket.options)
+    assert isinstance(store, FsspecStore)
+    writers = [_begin_upload(store, f"step-00000001/{_NONCE}/{name}") for name in ("a", "b")]
+    ended = b"<Error><Code>NoSuchUpload</Code><Message>it has ended</Message></Error>"
+    proxy.faults.append(HttpFault("DELETE .*uploadId", status=404, body=ended))
+    store.delete([f"step-00000001/{_NONCE}/"])
+    assert [upload.name for upload in store.uploads()] == [f"step-00000001/{_NONCE}/a"]
+    for writer in writers:
+        writer.abort()

@@ -963,12 +963,14 @@ def test_a_full_disk_stops_no_sweep(tmp_path: Path, since: int | None) -> None:
     repository = Repository(LocalStore(tmp_path), commit="manifest")
     info = commit(repository, 1)
     assert info.manifest is not None
+    if since is not None:
+        repository.announce(since)
     repository.store.put(f".ckptmgr/drafts/{info.name}.{info.manifest.nonce}", b"")
     draft = repository.begin(2, None, "run")
     with draft.create("a.bin") as file:
         file.write(b"a")
     with _failing(tmp_path, _full, errno.ENOSPC) as calls:
-        repository.sweep(attempt=2, since=since)
+        repository.sweep(attempt=2)
     assert info.name in [call.path for call in calls.log if call.name == "sync_folder"]
     assert repository.infos() == [info]
     assert {key for key in keys(repository.store) if draft.nonce in key} == (
@@ -984,17 +986,24 @@ def test_a_draft_that_can_not_even_be_closed_stays_and_is_no_checkpoint_all_the_
     with draft.create("a.bin") as file:
         file.write(b"a")
     follower = Repository(LocalStore(tmp_path), commit="manifest")
+    follower.announce(1)
     with _failing(tmp_path, lambda call: _full(call) or call.name == "link", errno.ENOSPC):
-        assert follower.sweep(attempt=2, since=1) == 0
+        assert follower.sweep(attempt=2) == 0
     assert "draft.sweep.kept" in caplog.text
     draft.commit(about(2))
     follower.expel()
     assert follower.infos() == []
 
 
-def test_notes_of_closed_drafts_are_litter_that_can_be_seen() -> None:
-    repository = Repository(MemoryStore(can_rename=False))
-    draft = repository.begin(2, None, "run")
-    repository.sweep(attempt=2, since=1)
-    found = [(one.kind, one.key, one.bytes) for one in litter(repository)]
-    assert found == [("fence", f".ckptmgr/drafts/{draft.name}.{draft.nonce}.fenced", 0)]
+def test_notes_of_closed_drafts_outlive_the_writer_that_put_them_and_are_no_litter() -> None:
+    store = MemoryStore(can_rename=False)
+    draft = Repository(store).begin(2, None, "run")
+    second, third = Repository(store), Repository(store)
+    second.announce(1)
+    second.sweep(attempt=2)
+    third.sweep(attempt=3)
+    assert litter(third, pytest.fail) == []
+    draft.commit(about(2))
+    third.expel()
+    assert third.infos() == []
+    assert third.begin(2, None, "run").name != draft.name

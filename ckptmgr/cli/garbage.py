@@ -21,10 +21,10 @@ from .tables import age_text, count_text, print_json, print_table, size_text
 def gc(root: Root, dry_run: bool, yes: bool, as_json: bool) -> None:
     """Remove what is no part of any checkpoint.
 
-    Drafts of saves that never became checkpoints, deletions that were interrupted, fences against writers that
-    lost the root, and, on S3 and OSS, the parts of large files that were never completed: nobody sees those, but
-    they are paid for. The next training in the root removes all but the last by itself. What rewinds put aside
-    stays: see prune --archived. Needs the writer's lock, so not while training runs, unless --dry-run.
+    Drafts of saves that never became checkpoints, deletions that were interrupted, and, on S3 and OSS, the parts of
+    large files that were never completed: nobody sees those, but they are paid for. The next training in the root
+    removes all but the last by itself. What rewinds put aside stays: see prune --archived. Needs the writer's lock, so
+    not while training runs, unless --dry-run.
     """
     found = litter(root.repository, _tell)
     if not as_json:
@@ -48,10 +48,16 @@ def _tell(exc: StoreError) -> None:
 def _remove(root: Root, found: list[Litter]) -> list[Litter]:
     """What of `found` is gone then."""
     shown = {one.identity for one in found}
-    with holding(root.run()):  # which sweeps drafts, deletions and fences
+    sees_uploads = any(one.upload for one in found)
+
+    def fail(exc: StoreError) -> None:
+        if sees_uploads:
+            raise exc
+
+    with holding(root.run()):  # which sweeps drafts and deletions
         # Looked at again, now that nobody else writes; an upload that was not shown does not go.
-        drop_uploads(root.store, [one for one in litter(root.repository) if one.identity in shown])
-        left = {one.identity for one in litter(root.repository)}
+        drop_uploads(root.store, [one for one in litter(root.repository, fail) if one.identity in shown])
+        left = {one.identity for one in litter(root.repository, fail)}
     return [one for one in found if one.identity not in left]
 
 

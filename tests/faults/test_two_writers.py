@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ def state(step: int, who: float) -> dict[str, Any]:
 def manager(store: Store, **options: Any) -> CheckpointManager:
     settings: dict[str, Any] = {"keep": {"last": 2}, "background": False, "save": {"on_signals": []}, **options}
     return CheckpointManager(store.url if store.path else "memory", store=store, **settings)
+
+
+class Unlistable(PausingStore):
+    """A store for one whose sweep fails."""
+
+    def list(self, folder: str = "", *, recursive: bool = False) -> list[Any]:
+        if folder == ".ckptmgr/trash":
+            raise StoreError("the store does not answer")
+        return super().list(folder, recursive=recursive)
 
 
 @dataclass
@@ -103,7 +113,15 @@ class World:
 
     def take_over(self) -> None:
         """What the second one does while the first stands still."""
-        self.new = manager(self.store, takeover=True, **self.options)
+        if self.follow.startswith("after"):  # and after that one nobody has to be taken over from any more
+            dies = "died" in self.follow
+            store = Unlistable(self.store) if dies else self.store
+            with (
+                manager(store, takeover=True, **self.options) as other,
+                pytest.raises(StoreError) if dies else nullcontext(),
+            ):
+                other.resume()
+        self.new = manager(self.store, takeover=not self.follow.startswith("after"), **self.options)
         start = self.resume_from_the_oldest() if "the oldest" in self.follow else self.new.resume()
         self.base = start.step
         if "only" in self.follow:
@@ -127,6 +145,8 @@ class World:
         assert self.new is not None
         if not self.saved and self.base not in self.new.all_steps():
             found.append(f"step {self.base}, from which the second writer goes on, is gone")
+        if lost := {*self.saved[-2:]} - {*self.new.all_steps()}:
+            found.append(f"steps {lost}, which the second writer saved, are gone")
         last = self.saved[-1] if self.saved else self.base
         try:
             self.new.save(state(last + 1, NEW), last + 1)
@@ -162,7 +182,10 @@ def litter(store: Store) -> list[str]:
     mine |= {f"{one.name}/{file.name}" for one in repository.archived() for file in one.manifest.files}
     mine |= {one.key for one in repository.archived()} | {"latest", ".ckptmgr/lock"}
     keys = [entry.key for entry in store.list(recursive=True)]
-    return [key for key in keys if key not in mine and not key.startswith(".ckptmgr/lease/")]
+    notes = (".fenced", ".closed")  # they outlive those who put them
+    return [
+        key for key in keys if key not in mine and not key.startswith(".ckptmgr/lease/") and not key.endswith(notes)
+    ]
 
 
 def wake_up(make: Callable[[], Store], options: dict[str, Any], act: str, follow: str, at: int | None) -> list[str]:
@@ -196,7 +219,14 @@ def calls_of(make: Callable[[], Store], options: dict[str, Any], act: str) -> in
 
 KINDS = ("rename", "manifest", "no flock", "object store", "no conditional create", "memory with rename")
 ACTS = ("save", "overwrite", "delete", "rewind", "start")
-FOLLOWS = ("saves", "only resumes", "saves from the oldest", "only resumes from the oldest")
+FOLLOWS = (
+    "saves",
+    "only resumes",
+    "saves from the oldest",
+    "only resumes from the oldest",
+    "after another one, saves from the oldest",
+    "after one that died in its sweep, saves from the oldest",
+)
 
 
 @pytest.fixture(params=KINDS)
@@ -465,6 +495,20 @@ def test_the_check_finds_a_commit_without_a_look_at_the_lock(monkeypatch: pytest
     monkeypatch.setattr(Run, "check", lambda self: None)
     problems = found(lambda: MemoryStore(can_rename=False), "save", "only resumes")
     assert "step 3, from which the second writer goes on, is gone" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "follow"),
+    [
+        ("recall", "after another one, saves from the oldest"),
+        ("announce", "after one that died in its sweep, saves from the oldest"),
+    ],
+)
+def test_the_check_finds_that_the_next_writer_but_one_knows_of_no_zombie(
+    method: str, follow: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fences, method, lambda self, what: None)
+    assert found(lambda: MemoryStore(can_rename=False), "rewind", follow) != []
 
 
 def test_the_check_finds_a_zombies_rotation_without_a_look_at_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
