@@ -746,6 +746,14 @@ def test_secrets_are_found_however_deep_they_are() -> None:
     assert not found & {"me", "core.windows.net", "text/plain", "eu-west-1", "abc"}
 
 
+def test_what_is_shown_has_no_secret_in_any_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "from-the-environment")
+    options = {"key": "minio", "secret": "minio123", "password": 12345678}
+    store = FsspecStore("ftp://me:p%40ss%2Fword@host/folder", options)
+    for text in ("minio", "minio123", "12345678", "p%40ss%2Fword", "p@ss/word", "from-the-environment"):
+        assert store._without_secrets(f"of {text}.") == "of ***."
+
+
 def test_a_clock_that_is_wrong_is_told_as_that(s3_proxy: tuple[Bucket, Proxy]) -> None:
     bucket, proxy = s3_proxy
     body = b"<Error><Code>RequestTimeTooSkewed</Code><Message>The difference is too large.</Message></Error>"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -91,7 +91,7 @@ def keep_secret(url: str, options: Mapping[str, Any]) -> None:
     """Take the texts of storage options, and a URL's password, out of whatever error is shown: other
     libraries' messages stand in tracebacks."""
     texts = [*([url] if "://" in url else []), *_texts(options)]
-    secrets = {secret for text in texts if (secret := _secret(text))}
+    secrets = {secret for text in texts for secret in _secrets(text)}
     click.get_current_context().meta[_SECRETS] = sorted(secrets, key=len, reverse=True)
 
 
@@ -103,11 +103,11 @@ def _texts(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def _secret(text: str) -> str | None:
+def _secrets(text: str) -> Iterable[str]:
     """What of an option, or of a URL, may be one. An address is what an error is about, and a very
     short text is a word of its message."""
     if "://" not in text:
-        return text if len(text) > 3 else None
-    from ..store.dialect import password
+        return [text] if len(text) > 3 else []
+    from ..store.redaction import passwords
 
-    return password(text)
+    return passwords(text)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
-from urllib.parse import urlsplit
 
 from . import Entry
 from .retries import Outlook, Retries
@@ -106,11 +105,6 @@ def public_url(url: str) -> str:
     protocol, _, rest = url.partition("://")
     place, slash, path = rest.partition("?")[0].partition("/")
     return f"{protocol}://{place.rpartition('@')[2]}{slash}{path}".rstrip("/")
-
-
-def password(url: str) -> str | None:
-    """The secret that a URL carries, if it does."""
-    return urlsplit(url).password
 
 
 def seconds(value: Any) -> float | None:

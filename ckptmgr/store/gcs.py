@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any, TypeVar
+from typing import Any
 
 from fsspec.asyn import sync
 from fsspec.config import conf
@@ -18,7 +18,6 @@ from .retries import Outlook, Patience, Retries, of_status, range_length
 if find_spec("gcsfs") is None:  # imported below, once it is known how
     raise ImportError("gcsfs is not installed")
 
-_T = TypeVar("_T")
 _NO_UPLOAD = 410  # as the store says of some uploads that have ended
 _FAULTS = {
     401: Fault.EXPIRED,
@@ -131,11 +130,15 @@ class GcsDialect:
         total, done, is_sure = str(end) if is_last else "*", offset, True
 
         async def attempt() -> dict[str, Any] | None:
-            nonlocal done, is_sure
-            body, span = data[done - offset :], f"{done}-{end - 1}"
-            if not is_sure:  # an earlier try may have arrived, in part or whole
-                body, span = data[:0], "*"
+            nonlocal is_sure
+            # An earlier try may have arrived, in part or whole.
+            if not is_sure and ((found := await exchange(data[:0], "*")) is not None or done == end):
+                return found
             is_sure = False
+            return await exchange(data[done - offset :], f"{done}-{end - 1}")
+
+        async def exchange(body: memoryview, span: str) -> dict[str, Any] | None:
+            nonlocal done, is_sure
             headers = {"Content-Range": f"bytes {span}/{total}", "Content-Type": "application/octet-stream"}
             try:
                 status, answer, _, content = await self._request("PUT", upload, headers=headers, data=body)

@@ -17,7 +17,7 @@ _GROW_EVERY = 1_000
 _IN_FLIGHT = 8
 _COPIED_AT_ONCE = 512 << 20  # bytes; below what any store copies in one request, and several go faster
 _MOST_PARTS = 10_000
-_TO_LOOK_S = 30.0
+TO_LOOK_S = 30.0  # for uploads that nobody will end
 
 
 def part_size(number: int) -> int:
@@ -52,7 +52,7 @@ class Multipart(Protocol):
 def cancel_others(requests: Multipart, name: str, upload: str) -> None:
     """Give up what an earlier try has begun whose answer got lost: nobody knows its id, and it would be paid for.
     Only for names that nobody else uses."""
-    with suppress(Exception), in_haste(_TO_LOOK_S, is_once=True):  # a sweep would find it too
+    with suppress(Exception), in_haste(TO_LOOK_S, is_once=True):  # a sweep would find it too
         for other in [*requests.unended(name)]:
             if other.name == name and other.upload != upload:
                 requests.cancel(name, other.upload)

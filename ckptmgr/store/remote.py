@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import AlreadyExistsError, CheckpointError, ConfigError, NotFoundError, StoreError
 from . import Entry
 from .arguments import as_bytes, checked_folder, checked_key, is_key
-from .dialect import Dialect, Fault, Unended, password, public_url
+from .dialect import Dialect, Fault, Unended, public_url
 from .haste import in_haste
+from .multipart import TO_LOOK_S
 from .range_reader import RangeReader
-from .redaction import secrets_of
+from .redaction import passwords, secrets_of, secrets_of_environment
 from .remote_writer import RemoteWriter
 from .retries import Patience, tries
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ckptmgr.store")
 
 _DELETES_AT_ONCE = 8
-_TO_LOOK_S = 30.0
 
 
 class FsspecStore:
@@ -150,10 +150,10 @@ class FsspecStore:
 
     def uploads(self, folder: str = "") -> tuple[Unended, ...]:
         """The uploads of large objects that were begun and not ended, named by their keys, with their bytes."""
-        prefix, below = self._name(f"{checked_folder(folder)}/" if folder else ""), len(self._name(""))
+        prefix = self._name(f"{checked_folder(folder)}/" if folder else "")
         with self._edge("list the uploads of", folder) as dialect:
             found = [self._sized(dialect, upload) for upload in [*dialect.unended(prefix)]]
-        return tuple(upload._replace(name=upload.name[below:]) for upload in found if upload is not None)
+        return tuple(upload._replace(name=self._key(upload.name)) for upload in found if upload is not None)
 
     def _sized(self, dialect: Dialect, upload: Unended) -> Unended | None:
         try:
@@ -166,11 +166,7 @@ class FsspecStore:
     def drop_upload(self, upload: Unended) -> None:
         """End one of `uploads` without an object. One that has ended meanwhile is no error."""
         with self._edge("cancel the upload of", upload.name) as dialect:
-            try:
-                dialect.cancel(self._name(upload.name), upload.upload)
-            except Exception as exc:
-                if dialect.diagnose(exc) is not Fault.NO_UPLOAD:
-                    raise
+            _cancel(dialect, self._name(upload.name), upload.upload)
 
     def give_up(self) -> None:
         """For the length of the deadline no request is tried again, and none is made while the store is down: for
@@ -183,17 +179,17 @@ class FsspecStore:
         if self._hides_uploads:
             return
         try:
-            with in_haste(_TO_LOOK_S, is_once=True):
+            with in_haste(TO_LOOK_S, is_once=True):
                 for upload in [*dialect.unended(prefix)]:
-                    dialect.cancel(upload.name, upload.upload)
+                    _cancel(dialect, upload.name, upload.upload)
         except Exception as exc:  # noqa: BLE001 - may be refused or not be there; the objects go all the same
             self._hides_uploads = not dialect.outlook(exc).may_pass
-            _log.debug("uploads.drop.failed url=%s/%s cause=%s", self.url, prefix, dialect.describe(exc))
+            cause = self._without_secrets(dialect.describe(exc))
+            _log.debug("uploads.drop.failed url=%s/%s cause=%s", self.url, self._key(prefix), cause)
 
     def _listed(self, dialect: Dialect, prefix: str, recursive: bool) -> Iterator[Entry]:
-        below = len(self._name(""))
         for entry in dialect.list(prefix, recursive):
-            key = entry.key[below:]
+            key = self._key(entry.key)
             if is_key(key):  # else it is nothing of ours, such as the empty object "folder/" that some tools make
                 yield Entry(key, entry.size, entry.modified, entry.is_folder)
 
@@ -201,8 +197,11 @@ class FsspecStore:
         prefix = self._dialect.prefix
         return f"{prefix}/{key}" if prefix else key
 
+    def _key(self, name: str) -> str:
+        return name[len(self._name("")) :]
+
     def _delete(self, name: str) -> None:
-        with self._edge("delete", name) as dialect:
+        with self._edge("delete", self._key(name)) as dialect:
             try:
                 dialect.delete(name)
             except Exception as exc:
@@ -299,9 +298,18 @@ class FsspecStore:
         return exc
 
     def _without_secrets(self, text: str) -> str:
-        for secret in filter(None, (password(self._url), *secrets_of(self._options))):
+        secrets = {*passwords(self._url), *secrets_of(self._options), *secrets_of_environment()}
+        for secret in sorted(secrets, key=len, reverse=True):  # one may hold another
             text = text.replace(secret, "***")
         return text
+
+
+def _cancel(dialect: Dialect, name: str, upload: str) -> None:
+    try:
+        dialect.cancel(name, upload)
+    except Exception as exc:
+        if dialect.diagnose(exc) is not Fault.NO_UPLOAD:  # else it has ended meanwhile
+            raise
 
 
 def _read(dialect: Dialect, name: str) -> bytes | None:

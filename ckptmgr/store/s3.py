@@ -43,7 +43,6 @@ _PASSING_CODES = {  # with a status that says nothing of the kind
 _ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _UNREACHED = (
     EndpointConnectionError,
-    FlexibleChecksumError,
     ConnectTimeoutError,
     ProxyConnectionError,
     SSLError,

@@ -349,6 +349,26 @@ def test_a_large_file_survives_a_fault_of_any_of_its_requests(
     tally("network faults during a large file", 1)
 
 
+@pytest.mark.parametrize("place", ["gcs"], indirect=True)
+def test_an_upload_of_which_nothing_arrives_is_given_up_though_the_store_answers_how_much_it_has(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.fresh()
+    monkeypatch.setattr(gcs_dialect, "_BLOCK", 5 << 20)
+
+    def lose(request: Request) -> Reply | None:
+        has_bytes = request.method == "PUT" and not request.headers["Content-Range"].startswith("bytes */")
+        return Reply(503) if has_bytes else None
+
+    place.server.before = lose
+    writer = place.store.writer("large", 11 << 20)
+    begin = place.time()
+    with pytest.raises(StoreError, match="tries in"):
+        writer.write(bytes(11 << 20))
+    assert place.time() - begin < 3 * _DEADLINE_S
+    writer.abort()
+
+
 def violations_of_a_broken_file(place: Place) -> list[str]:
     place.fresh()
     writer = place.store.writer("file")
