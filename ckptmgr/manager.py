@@ -19,6 +19,7 @@ from .errors import AlreadyExistsError, CheckpointError, ConfigError, Coordinati
 from .job import Job
 from .joint_schedule import JointSchedule
 from .manifest import digest
+from .pins import check_free
 from .records import checked_tag
 from .request import Request, State, as_count, as_floats, as_mapping, expected_bytes
 from .request_file import RequestFile
@@ -435,7 +436,7 @@ class CheckpointManager(Catalog):
             )
         others = [info for info in self._run.known() if info.step != request.step] if request.tags else []
         for tag in request.tags:
-            self._run.repository.check_tag_free(tag, others)
+            check_free(tag, others, self._run.url)
         self._run.repository.names.format(request.step, request.epoch, self._run.name or "")  # now, not in the thread
 
     def _join(self) -> Coordinator:

@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from .errors import NotFoundError, StoreError
-from .manifest import Pin, guessed_step
+from .errors import ConfigError, NotFoundError, StoreError
+from .manifest import CheckpointInfo, Pin, guessed_step
 from .records import checked_tag, is_refused
 from .store import Entry, Store
 from .untrusted import FOLDER_NAME, MAX_RECORD_SIZE, moment, parse, whole
@@ -114,3 +114,14 @@ class Pins:
 def pin_key(name: str, nonce: str, tag: str | None = None) -> str:
     """The key of a checkpoint's pin."""
     return f"{_FOLDER}/{name}.{nonce}{'' if tag is None else f'.tag-{checked_tag(tag)}'}.json"
+
+
+def check_free(tag: str, others: Iterable[CheckpointInfo], url: str) -> None:
+    """Raises `ConfigError` when a tag is not usable, or one of the `others`, in the root at `url`, has it."""
+    checked_tag(tag)
+    for other in others:
+        if tag in other.tags:
+            raise ConfigError(
+                f"tag {tag!r} is on step {other.step} ({url}/{other.name}) already; "
+                "unpin or delete that one first, or use another tag"
+            )

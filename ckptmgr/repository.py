@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 
@@ -25,8 +25,8 @@ from .fences import Fences
 from .listing import Listing, current, read_checkpoint
 from .lock import last_writer
 from .manifest import DEFAULT_NAMES, MANIFEST_NAME, CheckpointInfo, NameTemplate, Pin
-from .pins import Pins
-from .records import FOLDER, Aside, Records, checked_tag, is_refused, new_nonce
+from .pins import Pins, check_free
+from .records import FOLDER, Aside, Records, is_refused, new_nonce
 from .source import Problem, Source
 from .store import Store
 from .sweep import Sweep
@@ -265,7 +265,7 @@ class Repository:
         Raises `DamagedError` for one whose manifest can't be read, `ConfigError` for a tag that can't be had, and
         `NotFoundError` for one that is gone, or about to go."""
         if tag is not None:
-            self.check_tag_free(tag, [other for other in self.infos() if other.name != info.name])
+            check_free(tag, [other for other in self.infos() if other.name != info.name], self.store.url)
         self.put_pin(info, tag, expires)
 
     def put_pin(self, info: CheckpointInfo, tag: str | None, expires: datetime | None) -> Pin:
@@ -296,16 +296,6 @@ class Repository:
         nonce = info.manifest.nonce
         since = self._records.going_since(info.name, nonce, self._trash.attempt)
         return self._pins.holds(info.name, nonce, since)
-
-    def check_tag_free(self, tag: str, others: Iterable[CheckpointInfo]) -> None:
-        """Raises `ConfigError` when a tag is not usable, or one of the `others` has it."""
-        checked_tag(tag)
-        for other in others:
-            if tag in other.tags:
-                raise ConfigError(
-                    f"tag {tag!r} is on step {other.step} ({self.store.url}/{other.name}) already; "
-                    "unpin or delete that one first, or use another tag"
-                )
 
     def pins(self, which: int | str, tag: str | None = None) -> list[Pin]:
         """The pins (only those with `tag`) that a step, folder name or tag means, also where the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from errno import EACCES
@@ -16,6 +16,7 @@ from ..errors import AlreadyExistsError, CheckpointError, ConfigError, NotFoundE
 from . import Entry
 from .arguments import as_bytes, checked_folder, checked_key, is_key
 from .dialect import Dialect, Fault, Unended, public_url
+from .dialects import dialect_for
 from .haste import in_haste
 from .multipart import TO_LOOK_S
 from .range_reader import RangeReader
@@ -47,7 +48,7 @@ class FsspecStore:
     def __init__(self, url: str, options: Mapping[str, Any] | None = None, patience: Patience | None = None) -> None:
         self._url, self._options = url, dict(options or {})
         self._patience = patience or Patience()
-        self._connect = _dialect_for(url)
+        self._connect = dialect_for(url)
         # By process: a forked one must not use its parent's connections, nor wait for its threads.
         self._dialects: dict[int, Dialect] = {}
         self._building: dict[int, threading.Lock] = {}
@@ -322,36 +323,3 @@ def _read(dialect: Dialect, name: str) -> bytes | None:
             case Fault.PAST_END:
                 return b""
         raise
-
-
-def _dialect_for(url: str) -> Callable[[str, Mapping[str, Any], Patience], Dialect]:
-    protocol = url.partition("://")[0]
-    if "::" in url:
-        raise ConfigError(
-            f"root: {public_url(url)!r} is a chain, which caches or repacks; give the URL of the store itself"
-        )
-    try:
-        match protocol:
-            case "s3" | "s3a":
-                extra = "s3"
-                from .s3 import S3Dialect
-
-                return S3Dialect
-            case "gs" | "gcs":
-                extra = "gcs"
-                from .gcs import GcsDialect
-
-                return GcsDialect
-            case "oss":
-                extra = "oss"
-                from .oss import OssDialect
-
-                return OssDialect
-        extra = ""
-        from .generic import GenericDialect, filesystem_class
-
-        filesystem_class(protocol)
-        return GenericDialect
-    except ImportError as exc:
-        how = f"pip install 'ckptmgr[{extra}]'" if extra else str(exc)
-        raise ConfigError(f"root: {public_url(url)!r} needs a library that is not installed: {how}") from exc
