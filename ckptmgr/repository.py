@@ -232,12 +232,7 @@ class Repository:
         `FencedError` when the lock is lost, with the checkpoint left as it is."""
         if info.manifest is None:
             return
-
-        def may_go() -> bool:
-            check()
-            return True
-
-        self._trash.record("archive", info.name, info.manifest, may_go)
+        self._trash.record("archive", info.name, info.manifest, _passed(check))
         self._trash.delete_manifest(info.name)
         self._pins.forget((info.name, info.manifest.nonce))
         _log.info("checkpoint.archive.done step=%d url=%s/%s", info.step, self.store.url, info.name)
@@ -246,9 +241,10 @@ class Repository:
         """What `archive` put aside."""
         return self._records.asides("archive")
 
-    def drop_archived(self, aside: Aside) -> None:
-        """Delete the data of an archived checkpoint."""
-        going = self._records.put_aside("trash", aside.name, aside.manifest, self._trash.attempt)
+    def drop_archived(self, aside: Aside, check: Callable[[], None] = lambda: None) -> None:
+        """Delete the data of an archived checkpoint; `check` is as with `archive`."""
+        going = self._trash.record("trash", aside.name, aside.manifest, _passed(check))
+        assert going is not None
         self._trash.delete_data(going, aside.key)
 
     def mark_damaged(self, info: CheckpointInfo, reason: str) -> None:
@@ -339,6 +335,14 @@ class Repository:
     def expel(self) -> None:
         """Remove what a writer that was taken over has committed all the same since the sweep."""
         self._sweep.expel()
+
+
+def _passed(check: Callable[[], None]) -> Callable[[], bool]:
+    def passed() -> bool:
+        check()
+        return True
+
+    return passed
 
 
 def _as_step(which: int | str) -> int | None:

@@ -547,6 +547,19 @@ def test_an_archived_checkpoint_is_none_but_its_data_stays(repository: Repositor
     assert repository.infos() == [again]
 
 
+def test_the_data_of_an_archived_checkpoint_stays_when_the_lock_was_lost(repository: Repository) -> None:
+    repository.archive(commit(repository, 1))
+    (aside,) = repository.archived()
+    before = keys(repository.store)
+
+    def fenced() -> None:
+        raise FencedError("taken over")
+
+    with pytest.raises(FencedError):
+        repository.drop_archived(aside, fenced)
+    assert keys(repository.store) == before
+
+
 def test_an_unreadable_one_is_left_where_it_is_by_archive(repository: Repository) -> None:
     info = commit(repository, 3)
     repository.store.put(f"{info.name}/manifest.json", b"torn")

@@ -170,7 +170,7 @@ def _prune_archived(root: Root, *, dry_run: bool, yes: bool, as_json: bool) -> N
         with holding(run):
             dropped = [aside for aside in run.repository.archived() if aside.key in shown]
             for aside in dropped:
-                run.repository.drop_archived(aside)
+                run.repository.drop_archived(aside, run.check)
     freed = sum(aside.manifest.size for aside in dropped)
     if as_json:
         print_json(
