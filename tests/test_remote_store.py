@@ -205,6 +205,45 @@ def test_an_upload_that_fails_half_way_leaves_nothing(
     assert _uploads(bucket) == []
 
 
+class _Heard(logging.Handler):
+    """Sets an event when something is logged that begins so."""
+
+    def __init__(self, begin: str) -> None:
+        super().__init__()
+        self.begin, self.event = begin, threading.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith(self.begin):
+            self.event.set()
+
+
+@pytest.mark.timeout(120)  # the store would be asked for ten minutes
+@pytest.mark.parametrize("end", ["abort", "drop"])
+def test_parts_are_not_sent_again_when_nobody_will_end_the_upload(s3_proxy: tuple[Bucket, Proxy], end: str) -> None:
+    bucket, proxy = s3_proxy
+    store, log, retried = open_store(bucket.url, bucket.options), logging.getLogger("ckptmgr.store"), _Heard("request.")
+    proxy.faults.append(Fault("PUT .*partNumber", status=503, count=_BROKEN, headers={"Retry-After": "500"}))
+    level = log.level
+    log.addHandler(retried)
+    log.setLevel(logging.INFO)
+    try:
+        writer = store.writer("large")
+        writer.write(bytes(17 * _MIB))
+        assert retried.event.wait(60)
+        if end == "abort":
+            writer.abort()
+            assert _uploads(bucket) == []
+        del writer
+        gc.collect()
+        for thread in threading.enumerate():
+            if thread.name.startswith("ckptmgr-upload"):
+                thread.join(60)
+                assert not thread.is_alive()
+    finally:
+        log.removeHandler(retried)
+        log.setLevel(level)
+
+
 def test_an_abort_leaves_no_upload_behind(s3_moto: Bucket, oss: Bucket) -> None:
     for bucket in (s3_moto, oss):
         writer = open_store(bucket.url, bucket.options).writer("large")

@@ -11,7 +11,7 @@ from servers import Bucket
 from servers.patience import SkippedTime, impatient
 
 from ckptmgr.errors import StoreError
-from ckptmgr.store.haste import in_haste
+from ckptmgr.store.haste import in_haste, until
 from ckptmgr.store.remote import FsspecStore
 from ckptmgr.store.retries import Outlook, Patience, Retries, of_status, tries
 from ckptmgr.testing import FaultProxy, HttpFault
@@ -230,6 +230,30 @@ def test_when_the_store_is_given_up_those_who_wait_fail_and_a_store_that_is_down
     with pytest.raises(TimeoutError, match="did not answer"):
         retries(request := _Failing(None))
     assert request.limits == []
+
+
+def test_what_nobody_wants_any_more_is_not_asked_again_and_the_store_is_not_called_down() -> None:
+    retries = Retries(Patience(600), _outlook)
+    asked, unwanted = threading.Event(), threading.Event()
+
+    def failing(limit: float) -> None:
+        asked.set()
+        raise TimeoutError(500)
+
+    def ask() -> None:
+        with until(unwanted):
+            retries(failing)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(ask)
+        assert asked.wait(60)
+        unwanted.set()
+        with pytest.raises(TimeoutError, match="500"):
+            future.result(60)
+    with until(unwanted), pytest.raises(TimeoutError):
+        retries(request := _Failing(TimeoutError(500), None))
+    assert len(request.limits) == 1
+    assert retries(_Failing(None)) == "answer"
 
 
 def test_a_store_that_was_given_up_is_asked_as_ever_after_its_deadline() -> None:

@@ -1,7 +1,9 @@
-"""Who can't wait as long for a store as its deadline says? Whoever has something else to do by then."""
+"""Who can't wait as long for a store as its deadline says? Whoever has something else to do by then, and
+whoever finds out that nobody wants the answer."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,10 +11,12 @@ from typing import NamedTuple
 
 
 class Haste(NamedTuple):
-    """`within_s` bounds a request, its retries included; `is_once` leaves these out."""
+    """`within_s` bounds a request, its retries included; `is_once` leaves these out, and `unwanted` ends
+    them when it is set."""
 
     within_s: float = float("inf")
     is_once: bool = False
+    unwanted: threading.Event | None = None
 
 
 _NONE = Haste()
@@ -23,6 +27,16 @@ _haste: ContextVar[Haste] = ContextVar("ckptmgr-haste", default=_NONE)
 def in_haste(within_s: float, *, is_once: bool = False) -> Iterator[None]:
     """Requests of this thread take no longer than this, each, to a store behind a network."""
     token = _haste.set(Haste(within_s, is_once))
+    try:
+        yield
+    finally:
+        _haste.reset(token)
+
+
+@contextmanager
+def until(unwanted: threading.Event) -> Iterator[None]:
+    """Requests of this thread are not made again once this is set."""
+    token = _haste.set(Haste(unwanted=unwanted))
     try:
         yield
     finally:

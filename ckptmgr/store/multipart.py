@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +10,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from .dialect import Unended
-from .haste import in_haste
+from .haste import in_haste, until
 
 _SMALLEST = 16 << 20  # bytes
 _EVEN_PARTS = 5_000  # of one size, as some stores want them
@@ -62,12 +63,18 @@ def copy(requests: Multipart, source: str, name: str, size: int) -> None:
     """Have the store copy an object, a large one in several parts at a time."""
 
     def copy_part(start: int) -> Any:
-        return requests.copy_part(source, name, upload, start // step + 1, start, min(start + step, size))
+        with until(failed):
+            try:
+                return requests.copy_part(source, name, upload, start // step + 1, start, min(start + step, size))
+            except BaseException:
+                failed.set()
+                raise
 
     step = max(_COPIED_AT_ONCE, -(-size // _MOST_PARTS))
     if size <= step:
         requests.copy_whole(source, name)
         return
+    failed = threading.Event()
     upload = requests.begin(name)
     try:
         with ThreadPoolExecutor(_IN_FLIGHT, thread_name_prefix="ckptmgr-copy") as pool:
@@ -91,6 +98,7 @@ class MultipartUpload:
         self._pool: ThreadPoolExecutor | None = None
         self._sent: list[Future[Any]] = []
         self._in_flight: deque[Future[Any]] = deque()
+        self._ended = threading.Event()
 
     def write(self, data: memoryview) -> None:
         while data:
@@ -127,10 +135,22 @@ class MultipartUpload:
         if len(self._in_flight) == _IN_FLIGHT:
             self._in_flight.popleft().result()
         part, self._buffer = self._buffer, bytearray()
-        future = self._pool.submit(self._requests.send, self._name, self._upload, len(self._sent) + 1, part)
+        number = len(self._sent) + 1
+        future = self._pool.submit(_send_until, self._ended, self._requests, self._name, self._upload, number, part)
         self._sent.append(future)
         self._in_flight.append(future)
 
+    def __del__(self) -> None:  # of one that nobody has ended; its threads must not keep the process
+        self._ended.set()
+
     def _close(self) -> None:
+        self._ended.set()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _send_until(
+    ended: threading.Event, requests: Multipart, name: str, upload: str, number: int, part: bytearray
+) -> Any:
+    with until(ended):
+        return requests.send(name, upload, number, part)

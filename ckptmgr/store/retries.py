@@ -64,7 +64,7 @@ class Retries:
         self._tokens, self._filled = float(_AT_ONCE), patience.clock()
         self._is_known = self._is_down = False
         self._given_up_until = float("-inf")
-        self._giving_up = threading.Event()
+        self._waited_on: list[threading.Event] = []  # one for each thread that waits for its next try
 
     @property
     def silence_s(self) -> float:
@@ -73,8 +73,10 @@ class Retries:
     def give_up(self) -> None:
         """For the length of the deadline nothing is asked again, and a store that is down is not asked at all."""
         self._given_up_until = self._patience.clock() + self._patience.deadline_s
-        waited_on, self._giving_up = self._giving_up, threading.Event()
-        waited_on.set()
+        with self._lock:  # after the line above: who comes later sees that one
+            waited_on = [*self._waited_on]
+        for event in waited_on:
+            event.set()
 
     def __call__(
         self, request: Callable[[float], _T], what: str = "", mend: Callable[[_T], object] | None = None
@@ -91,9 +93,12 @@ class Retries:
         last: Exception | None = TimeoutError("the store did not answer before") if self._is_down else None
         seen: RetryCallState | None = None
 
+        def is_unwanted() -> bool:
+            return hurry.unwanted is not None and hurry.unwanted.is_set()
+
         def ask() -> _T:
             nonlocal tried
-            if last is not None and self._has_given_up:
+            if last is not None and (self._has_given_up or is_unwanted()):
                 raise last
             tried += 1
             answer = request(max(_LEAST_S, (begin + deadline - clock()) * _OF_WHAT_IS_LEFT))
@@ -112,7 +117,7 @@ class Retries:
             is_enough = hurry.is_once or (self._is_stranger(_error(state)) and state.attempt_number >= _OF_A_STRANGER)
             if self._has_given_up or (is_late and deadline == self._patience.deadline_s):
                 self._is_down = True
-            if is_late or is_enough or self._has_given_up:
+            if is_late or is_enough or self._has_given_up or is_unwanted():
                 self._give_back()
                 return True
             return False
@@ -128,7 +133,7 @@ class Retries:
 
         try:
             answer = Retrying(
-                sleep=self._sleep,
+                sleep=lambda seconds: self._sleep(seconds, hurry.unwanted or threading.Event()),
                 stop=is_over,
                 wait=self._wait,
                 retry=has_hope,
@@ -148,13 +153,18 @@ class Retries:
     def _has_given_up(self) -> bool:
         return self._patience.clock() < self._given_up_until
 
-    def _sleep(self, seconds: float) -> None:
+    def _sleep(self, seconds: float, end: threading.Event) -> None:
         if self._patience.sleep is not None:
             self._patience.sleep(seconds)
             return
-        giving_up = self._giving_up  # before the look, as `give_up` puts a new one there after it
-        if not self._has_given_up:
-            giving_up.wait(seconds)
+        with self._lock:
+            self._waited_on.append(end)
+        try:
+            if not self._has_given_up:
+                end.wait(seconds)
+        finally:
+            with self._lock:
+                self._waited_on.remove(end)
 
     def _wait(self, state: RetryCallState) -> float:
         return max(_BACK_OFF(state), self._outlook(_error(state)).wait_s, self._until_allowed())
