@@ -55,6 +55,7 @@ def lost(peer: Peer, state: State) -> list[float]:
         for step in range(2, _PAIRS + 2):
             alone = loop.seconds(steps)
             make_ready(state)
+            loop.seconds(20)  # as the training that goes before; for why see `measures.timed_save`
             began = time.perf_counter()
             peer.save(state, step)
             loop.seconds(steps)

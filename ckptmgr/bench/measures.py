@@ -52,7 +52,6 @@ def _times(contender: Contender, place: Place, state: State, saves: int, found: 
     peer = open_peer(contender, place)
     peer.prepare(state)
     for step in range(1, saves + 1):
-        change(state)
         stall, durable = timed_save(peer, state, step, place)
         first = "first_" if step == 1 else ""
         found.figures[f"{first}stall"].append(stall)
@@ -70,8 +69,13 @@ def _times(contender: Contender, place: Place, state: State, saves: int, found: 
 
 
 def timed_save(peer: Peer, state: State, step: int, place: Place) -> tuple[float, float]:
-    """Seconds until the state may be changed, and until the save is complete and on the disk."""
+    """Seconds until the state may be changed, and until the save is complete and on the disk.
+
+    It comes right after a training step, which uses all of the state. That counts in virtual machines:
+    memory given back takes their maps of what is in use with it."""
     make_ready(state)
+    change(state)
+    settle(state)
     began = time.perf_counter()
     peer.save(state, step)
     settle(state)
@@ -83,9 +87,10 @@ def timed_save(peer: Peer, state: State, step: int, place: Place) -> tuple[float
 
 
 def _timed_load(contender: Contender, place: Place, state: State, step: int) -> float:
-    scramble(state)
     peer = open_peer(contender, place)
     make_ready(state)
+    scramble(state)  # after it, as a model is made right before it is loaded; for why see `timed_save`
+    settle(state)
     began = time.perf_counter()
     peer.load(state, step)
     settle(state)

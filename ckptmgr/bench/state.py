@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +82,27 @@ def build(size: int, tensors: int | None, device: str) -> State:
 
 def change(state: State) -> None:
     """Give every element another value, in place, as an optimizer's step does."""
-    for tensor in state.tensors().values():
-        tensor.add_(1.0)
+    with _one_thread():
+        for tensor in state.tensors().values():
+            tensor.add_(1.0)
 
 
 def scramble(state: State) -> None:
     """Leave no value of what was saved, so that a load that does nothing is found out."""
-    for tensor in state.tensors().values():
-        tensor.fill_(-1.0)
+    with _one_thread():
+        for tensor in state.tensors().values():
+            tensor.fill_(-1.0)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch's others go on turning for milliseconds after their work, beside what is timed next."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make_ready(state: State) -> None:
