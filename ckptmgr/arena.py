@@ -77,8 +77,8 @@ class Arena:
             program = self._program = _Program(regions, flat, memory)
         if program.device and self._is_pinned is None:
             self._is_pinned = _pin(memory)
-        program.copy_small(flat)
         self._in_two_threads(program.large(flat), program.large_bytes)
+        program.copy_small(flat)  # after these, as two threads bring the memory faster than one
         return Staged(program, memory, flat, program.copy_from_devices(flat))
 
     def release(self) -> None:

@@ -179,8 +179,8 @@ class Reader:
         skipped: list[Skipped] = []
         for info in candidates:
             try:
-                matched = self.open_and_match(info, targets, strict, skip, map_location)
-                return info, matched.apply(tuple(skipped))
+                with uncollected():  # until the many objects of a large state are gone: it would look at each of them
+                    return info, self.open_and_match(info, targets, strict, skip, map_location).apply(tuple(skipped))
             except DamagedError as exc:
                 self._channel.first("look again", partial(check_there, self._repository, info, exc))
                 url = f"{self._repository.store.url}/{info.name}"
@@ -206,27 +206,25 @@ class Reader:
     ) -> Matched:
         """Compare a checkpoint with the targets and read what no target claims; touches no target. Everything
         that does not fit is raised now; damage may be found when it is applied."""
-        with uncollected():
-            self._channel.first("look", lambda: self._look(info))  # once for all ranks
-            opened = self._together("open", lambda: self._open(info))
-            lost = self._lost(info, opened, targets)
-            if lost:
-                opened = replace(opened, report=replace(opened.report, not_restored=tuple(sorted(lost - {*skip}))))
-            self._tell(info, opened.report)
-            stored = opened.stored
-            claimed = {name: target for name, target in targets.items() if name not in lost}
-            kept = [name for name in skip if name not in lost]
-            plan = self._together("match", lambda: match(claimed, stored, strict=strict, skip=kept))
-            rest = [name for name in unclaimed(stored, targets) if name not in skip]
-            objects = stored.objects if self._trust_pickle else None
-            # Values first: should they be damaged or need trust, no target has been touched.
-            values = self._together(
-                "read values", lambda: materialize(stored, rest, stored.fetch, objects=objects, device=map_location)
-            )
+        self._channel.first("look", lambda: self._look(info))  # once for all ranks
+        opened = self._together("open", lambda: self._open(info))
+        lost = self._lost(info, opened, targets)
+        if lost:
+            opened = replace(opened, report=replace(opened.report, not_restored=tuple(sorted(lost - {*skip}))))
+        self._tell(info, opened.report)
+        stored = opened.stored
+        claimed = {name: target for name, target in targets.items() if name not in lost}
+        kept = [name for name in skip if name not in lost]
+        plan = self._together("match", lambda: match(claimed, stored, strict=strict, skip=kept))
+        rest = [name for name in unclaimed(stored, targets) if name not in skip]
+        objects = stored.objects if self._trust_pickle else None
+        # Values first: should they be damaged or need trust, no target has been touched.
+        values = self._together(
+            "read values", lambda: materialize(stored, rest, stored.fetch, objects=objects, device=map_location)
+        )
 
         def restore() -> RngReport:
-            with uncollected():
-                plan.apply(stored.fetch, objects=objects, map_location=map_location)
+            plan.apply(stored.fetch, objects=objects, map_location=map_location)
             return RngReport() if "rng" in skip else opened.restore_rng(info.step, self._rank)
 
         url = f"{self._repository.store.url}/{info.name}"

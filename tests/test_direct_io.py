@@ -357,7 +357,8 @@ def _without_cachestat(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _on_an_overlay(monkeypatch: pytest.MonkeyPatch) -> None:
     real = page_cache._LIBC
-    monkeypatch.setattr(page_cache, "_LIBC", SimpleNamespace(syscall=lambda *_: 0, mincore=real.mincore))
+    below = SimpleNamespace(syscall=lambda *_: 0, mincore=real.mincore, fstatfs=lambda *_: -1)
+    monkeypatch.setattr(page_cache, "_LIBC", below)
 
 
 @pytest.mark.parametrize("pretend", [_without_cachestat, _on_an_overlay])

@@ -55,7 +55,7 @@ class SafetensorsState:
         special: list[StoredTensor] = []
         landing = Landing()
         segments: dict[str, list[Segment]] = defaultdict(list)
-        any_sharded = has_sharded(target for target in targets.values() if target is not None)
+        any_sharded = has_sharded(targets.values())
         for stored, target in targets.items():
             name, begin, end = stored.location
             if name == SPECIAL_NAME:

@@ -22,10 +22,10 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def has_sharded(tensors: Iterable[torch.Tensor]) -> bool:
+def has_sharded(tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether one of many tensors is sharded."""
     tensors = list(tensors)
-    return not set(map(type, tensors)) <= _PLAIN and any(map(is_sharded, tensors))
+    return not set(map(type, tensors)) <= _PLAIN and any(one is not None and is_sharded(one) for one in tensors)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
