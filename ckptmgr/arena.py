@@ -10,7 +10,7 @@ import ctypes
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .memory import address, available, buffer, move, move_small
+from .overlap import Mark, Rest
 from .staging import Part, Region, dense_stride, is_dense, is_plain_host, is_special, like, own_copy, raw
 from .state.snapshot import FlatSnapshot
 from .store import BLOCK
@@ -66,10 +67,10 @@ class Arena:
                 self._touched = self._threads().submit(_touch, memory)
         return self._touched
 
-    def hold(self, regions: Mapping[str, Region], flat: FlatSnapshot) -> Staged:
+    def hold(self, regions: Mapping[str, Region], flat: FlatSnapshot, late: Collection[torch.Tensor] = ()) -> Staged:
         """Copy the tensors. At return the caller may change those in host memory, and use those on a
-        device in its current stream: the copies come first there. What was held before is overwritten.
-        Raises `MemoryError`."""
+        device in its current stream: the copies come first there. The larger ones of `late` may be changed only
+        after `Staged.settle`. What was held before is overwritten. Raises `MemoryError`."""
         self._wait_for_touch()
         memory = self._reserve(staged_size(regions))
         program = self._program
@@ -77,9 +78,16 @@ class Arena:
             program = self._program = _Program(regions, flat, memory)
         if program.device and self._is_pinned is None:
             self._is_pinned = _pin(memory)
-        self._in_two_threads(program.large(flat), program.large_bytes)
+        waiting = program.numbers(flat, late)
+        in_time = program.large(flat, waiting, is_late=False)
+        self._in_two_threads(in_time, 0 if waiting else program.large_bytes)
         program.copy_small(flat)  # after these, as two threads bring the memory faster than one
-        return Staged(program, memory, flat, program.copy_from_devices(flat))
+        now, later = program.copy_from_devices(flat, waiting)
+        for device, event in now:
+            torch.cuda.current_stream(device).wait_event(event)
+        watched = [flat.tensors[number] for number in sorted(waiting)]
+        rest = self._in_a_thread(program.large(flat, waiting, is_late=True), watched)
+        return Staged(program, memory, flat, [event for _, event in now], Rest(rest, later, sorted(waiting), watched))
 
     def release(self) -> None:
         """Give the memory back."""
@@ -114,12 +122,25 @@ class Arena:
             self._pool = ThreadPoolExecutor(1, "ckptmgr-copy")
         return self._pool
 
-    def _in_two_threads(self, tasks: Iterator[Callable[[], object]], size: int) -> None:
+    def _in_a_thread(self, tasks: list[Callable[[], object]], sources: Sequence[torch.Tensor]) -> Future[None]:
+        """The tasks know addresses: the `sources` stay until they are done."""
+
+        def work(sources: Sequence[torch.Tensor] = sources) -> None:
+            for task in tasks:
+                task()
+
+        if tasks:
+            with suppress(RuntimeError):  # the interpreter ends and starts no thread
+                return self._threads().submit(work)
+            work()
+        return _done()
+
+    def _in_two_threads(self, tasks: list[Callable[[], object]], size: int) -> None:
         if size < 2 * _STRIDE:
             for task in tasks:
                 task()
             return
-        todo = list(tasks)[::-1]
+        todo = tasks[::-1]
 
         def work() -> None:
             while todo:
@@ -196,42 +217,56 @@ class _Program:
         at, form = self._forms[number]
         return like(_view(memory, at, form.shape, form.stride(), form.dtype), form)
 
-    def large(self, flat: FlatSnapshot) -> Iterator[Callable[[], object]]:
-        """Copies of large tensors, in pieces that threads may share."""
-        for number, place, size in self._large:
-            begin = flat.tensors[number].data_ptr()
-            for at in range(0, size, _STRIDE):
-                yield partial(move, place + at, begin + at, min(_STRIDE, size - at))
+    def numbers(self, flat: FlatSnapshot, late: Collection[torch.Tensor]) -> set[int]:
+        """Of large tensors and those on a CUDA device, the ones that lie just where one of `late` does."""
+        if not late:
+            return set()
+        places = {(tensor.data_ptr(), tensor.nbytes) for tensor in late if tensor.layout == torch.strided}
+        mine = [number for number, _, _ in self._large]
+        mine += [number for number, _ in self.device if flat.tensors[number].is_cuda]
+        return {number for number in mine if (flat.tensors[number].data_ptr(), flat.tensors[number].nbytes) in places}
 
-    def copy_from_devices(self, flat: FlatSnapshot) -> list[torch.cuda.Event]:
-        """Start the copies from devices; what their end is waited for with."""
-        events = []
+    def large(self, flat: FlatSnapshot, late: Collection[int], *, is_late: bool) -> list[Callable[[], object]]:
+        """Copies of those large tensors that are late, or are not, in pieces that threads may share."""
+        return [
+            partial(move, place + at, flat.tensors[number].data_ptr() + at, min(_STRIDE, size - at))
+            for number, place, size in self._large
+            if (number in late) == is_late
+            for at in range(0, size, _STRIDE)
+        ]
+
+    def copy_from_devices(self, flat: FlatSnapshot, late: Collection[int]) -> tuple[list[Mark], list[Mark]]:
+        """Start the copies from devices; what the end of those that are not late, and of those that are, is
+        waited for with."""
+        now, later = list[Mark](), list[Mark]()
+        turns = [(now, False), (later, True)] if late else [(now, False)]
         with torch.no_grad():
             for device in {flat.tensors[number].device for number, _ in self.device}:
-                mine = [(flat.tensors[n], view) for n, view in self.device if flat.tensors[n].device == device]
+                mine = [(n, flat.tensors[n], view) for n, view in self.device if flat.tensors[n].device == device]
                 if device.type != "cuda":
-                    for tensor, view in mine:
+                    for _, tensor, view in mine:
                         view.copy_(tensor)
                     continue
-                # A stream of its own, after what training has queued so far; what training queues next waits for it.
-                training, side = torch.cuda.current_stream(device), _side_stream(device)
-                side.wait_stream(training)
-                with torch.cuda.stream(side):
-                    for tensor, view in mine:
-                        view.copy_(tensor, non_blocking=True)
-                        tensor.record_stream(side)
-                events.append(side.record_event())
-                training.wait_event(events[-1])
-        return events
+                # A stream of its own, after what training has queued so far.
+                side = _side_stream(device)
+                side.wait_stream(torch.cuda.current_stream(device))
+                for marks, is_late in turns:
+                    with torch.cuda.stream(side):
+                        for number, tensor, view in mine:
+                            if (number in late) == is_late:
+                                view.copy_(tensor, non_blocking=True)
+                                tensor.record_stream(side)
+                    marks.append((device, side.record_event()))
+        return now, later
 
 
 class Staged:
     """A state copied into the arena: `staging.Held`. Valid until the arena holds the next one."""
 
     def __init__(
-        self, program: _Program, memory: memoryview, flat: FlatSnapshot, events: list[torch.cuda.Event]
+        self, program: _Program, memory: memoryview, flat: FlatSnapshot, events: list[torch.cuda.Event], rest: Rest
     ) -> None:
-        self._program, self._memory, self._events = program, memory, events
+        self._program, self._memory, self._events, self._rest = program, memory, events, rest
         self._special = {number: own_copy(flat.tensors[number]) for number in program.special}
         self.parts: Mapping[str, Part] = {
             name: _Copied(memory[at : at + region.size])
@@ -244,6 +279,14 @@ class Staged:
     def wait(self) -> None:
         for event in self._events:
             event.synchronize()
+        self._rest.wait()
+
+    def settle(self) -> None:
+        """Block until all tensors may be changed. Never raises."""
+        self._rest.settle()
+
+    def changed(self) -> Sequence[int]:
+        return self._rest.changed()
 
 
 class _Copied:

@@ -6,10 +6,14 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from typing import Any
 
 from .arena import Arena, Staged, staged_size
 from .config import CheckpointConfig
-from .staging import Region
+from .errors import SaveFailedError
+from .overlap import NextSteps
+from .staging import Held, Region
+from .state.capturing import names
 from .state.snapshot import FlatSnapshot
 
 _log = logging.getLogger("ckptmgr.save")
@@ -21,16 +25,18 @@ class Copier:
     def __init__(self, config: CheckpointConfig) -> None:
         self._is_wanted, self._limit = config.background, config.max_staging
         self._arena = Arena(config.max_staging)
+        self._steps = NextSteps() if config.overlap else None
         self._is_told = False  # that the state does not fit into memory a second time
 
-    def copy(self, regions: Mapping[str, Region], flat: FlatSnapshot) -> Staged | None:
-        """The tensors copied; None when they are to be written from where they are, while training waits."""
+    def copy(self, regions: Mapping[str, Region], flat: FlatSnapshot, objects: Mapping[str, Any]) -> Staged | None:
+        """The tensors copied, or, with `overlap`, those that training changes before the next step of the optimizers
+        among the objects; None when they are to be written from where they are, while training waits."""
         if not self._is_wanted:
             return None
         size = staged_size(regions)
         if self._arena.has_room(size):
             with suppress(MemoryError):
-                return self._arena.hold(regions, flat)
+                return self._held(regions, flat, objects)
         if not self._is_told:
             self._is_told = True
             why = (
@@ -44,6 +50,14 @@ class Copier:
             )  # fmt: skip
         return None
 
+    def _held(self, regions: Mapping[str, Region], flat: FlatSnapshot, objects: Mapping[str, Any]) -> Staged:
+        if self._steps is None:
+            return self._arena.hold(regions, flat)
+        self._steps.let_go()
+        staged = self._arena.hold(regions, flat, self._steps.changed(objects))
+        self._steps.hold_back(staged)
+        return staged
+
     def make_room(self, size: int) -> Future[None]:
         """Make the memory for a copy of `size` bytes, in the background, where it is going to be used."""
         wanted = size if self._is_wanted and self._arena.has_room(size) else 0
@@ -54,4 +68,16 @@ class Copier:
 
     def close(self) -> None:
         """Give the memory back. No save may be in flight."""
+        if self._steps is not None:
+            self._steps.close()
         self._arena.release()
+
+
+def refuse_changed(held: Held, flat: FlatSnapshot) -> None:
+    """Raises `SaveFailedError` when somebody changed what was being copied. To be called when all is written."""
+    if changed := held.changed():
+        few = ", ".join(names(flat, changed)[:5])
+        raise SaveFailedError(
+            f"the copy is not of one moment: {few} changed before the optimizer's next step, which overlap: true does "
+            "not allow; set overlap: false"
+        )

@@ -115,7 +115,8 @@ class CheckpointManager(Catalog):
         `state` maps entry names to objects with `state_dict()`, tensors and plain values, nested as
         you like, or is a callable that returns such a mapping and is called only when due. `step`
         and `epoch` count completed ones. Every rank calls it. When due it blocks until the state is
-        copied (with `background`) or durable, and until an earlier save is done (`when_busy: wait`).
+        copied (with `background`; with `overlap`, all that is not left to the next `optimizer.step()` to
+        wait for) or durable, and until an earlier save is done (`when_busy: wait`).
 
         Returns the save's `Pending`, or None when nothing was due. Raises once what an earlier
         background save failed with (`SaveFailedError`, `FencedError`), unless `on_error: warn`.

@@ -8,7 +8,7 @@ from typing import Any
 
 from .committing import Committer
 from .coordinator import Coordinator
-from .copying import Copier
+from .copying import Copier, refuse_changed
 from .draft import Draft
 from .formats.state_file import Whole
 from .manifest import CheckpointInfo, FileEntry, Manifest
@@ -64,6 +64,7 @@ class ShardedSave:
         self._request, self._plans = request, plans
         self._recorder, self._copier, self._committer = recorder, copier, committer
         self._non_finite = non_finite
+        self._objects: Mapping[str, Any] = {}
         self._flat: FlatSnapshot | None = None
         self._kind: object = None
         self._parts: dict[int, RankPart] = {}
@@ -73,7 +74,7 @@ class ShardedSave:
 
     def capture(self, objects: Mapping[str, Any], only: Sequence[str] | None, ranks: Coordinator) -> Share:
         """What this rank has."""
-        flat = self._recorder.capture(objects, only=only, rank=ranks.rank)
+        flat, self._objects = self._recorder.capture(objects, only=only, rank=ranks.rank), objects
         self._flat, self._kind = resolved(flat), (flat.shape, ranks.world_size)
         plan = None if self._plans.known == self._kind else local_plan(flat, ranks.rank, ranks.world_size)
         return Share(flat.ranks[ranks.rank], plan, self._non_finite(flat))
@@ -101,10 +102,10 @@ class ShardedSave:
         plans.own = self._plan = plan or plans.own
         plans.known = self._kind
         assert self._plan is not None
-        copy = None if self._request.hurry else self._copier.copy(self._plan.regions, self._flat)
+        copy = None if self._request.hurry else self._copier.copy(self._plan.regions, self._flat, self._objects)
         self._held = copy or Live(self._plan.regions, self._flat)
         flat = replace(self._flat, ranks=self._parts)
-        self._flat = flat if copy is None else replace(flat, tensors=())
+        self._flat, self._objects = flat if copy is None else replace(flat, tensors=()), {}
         return copy is not None
 
     def write(self, ranks: Coordinator) -> CheckpointInfo:
@@ -150,4 +151,6 @@ class ShardedSave:
         assert self._flat is not None
         assert self._plan is not None
         assert self._held is not None
-        return self._plan.write(self._flat, self._held, draft)
+        rows = self._plan.write(self._flat, self._held, draft)
+        refuse_changed(self._held, self._flat)
+        return rows

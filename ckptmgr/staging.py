@@ -58,7 +58,10 @@ class Held(Protocol):
         """One tensor, in host memory and filling its storage; with its strides, where they are dense."""
 
     def wait(self) -> None:
-        """Block until all copies have come from their devices."""
+        """Block until all copies are there, and have come from their devices."""
+
+    def changed(self) -> Sequence[int]:
+        """The numbers of tensors that somebody changed before their copy was done. To be asked when all is written."""
 
 
 class Live:
@@ -74,6 +77,9 @@ class Live:
     def wait(self) -> None:
         for device in {tensor.device for tensor in self._tensors if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
+
+    def changed(self) -> Sequence[int]:
+        return ()  # training waits
 
 
 class Gathered:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .committing import Committer
 from .coordinator import Coordinator
-from .copying import Copier
+from .copying import Copier, refuse_changed
 from .formats import Format, Plan
 from .manifest import CheckpointInfo, Manifest
 from .request import Request
@@ -32,6 +32,7 @@ class WholeSave:
         self._request, self._format = request, format
         self._recorder, self._copier, self._committer = recorder, copier, committer
         self._non_finite = non_finite
+        self._objects: Mapping[str, Any] = {}
         self._flat: FlatSnapshot | None = None
         self._plan: Plan | None = None
         self._held: Held | None = None
@@ -41,7 +42,7 @@ class WholeSave:
         """What this rank has of its own; on rank 0 all the rest is captured besides."""
         if ranks.rank:
             return self._recorder.capture_part(objects, only=only)
-        self._flat = self._recorder.capture(objects, only=only)
+        self._flat, self._objects = self._recorder.capture(objects, only=only), objects
         return self._flat.ranks[0]
 
     def decide(self, parts: Sequence[RankPart]) -> bool:
@@ -50,10 +51,10 @@ class WholeSave:
         flat = replace(self._flat, ranks=dict(enumerate(parts)))
         self._about = self._committer.manifest(self._request, self._format.name, len(parts), self._non_finite(flat))
         self._plan = self._format.plan(flat)
-        copy = None if self._request.hurry else self._copier.copy(self._plan.regions, flat)
+        copy = None if self._request.hurry else self._copier.copy(self._plan.regions, flat, self._objects)
         self._held = copy or Live(self._plan.regions, flat)
         # The copy is what is written: nothing holds on to what training drops.
-        self._flat = flat if copy is None else replace(flat, tensors=())
+        self._flat, self._objects = flat if copy is None else replace(flat, tensors=()), {}
         return copy is not None
 
     def take(self, answer: bool, ranks: Coordinator) -> bool:
@@ -75,6 +76,7 @@ class WholeSave:
             # A region without a name is no file that could be shared: it is written whole, here or there.
             draft.check_room(region.size for name, region in self._plan.regions.items() if not name)
             self._plan.write(self._flat, self._held, self._committer.sink(draft))
+            refuse_changed(self._held, self._flat)
             info = self._committer.commit(draft, self._about, self._request)
         self._committer.committed(info, self._request)
         return info

@@ -14,7 +14,19 @@ PACKAGE = Path(__file__).parent.parent / "ckptmgr"
 LAYERS = [
     {"errors"},
     {"clock", "manifest", "quantities", "retention", "rotation", "triggers", "untrusted"},
-    {"arena", "config", "coordinator", "memory", "priority", "request_file", "signals", "staging", "state", "store"},
+    {
+        "arena",
+        "config",
+        "coordinator",
+        "memory",
+        "overlap",
+        "priority",
+        "request_file",
+        "signals",
+        "staging",
+        "state",
+        "store",
+    },
     {
         "background",
         "draft",

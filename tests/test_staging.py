@@ -160,7 +160,7 @@ def test_after_an_error_in_a_copy_no_thread_goes_on_copying() -> None:
         done.append(number)
 
     with pytest.raises(KeyboardInterrupt):
-        arena._in_two_threads((partial(task, number) for number in range(1000)), 1 << 30)
+        arena._in_two_threads([partial(task, number) for number in range(1000)], 1 << 30)
     count = len(done)
     arena.release()
     assert len(done) == count

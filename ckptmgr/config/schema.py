@@ -185,6 +185,9 @@ class CheckpointConfig(_Section):
     """Write while training goes on; training waits only for a memory copy."""
     max_staging: Size | None = None
     """The most host memory for that copy; a state that needs more is saved while training waits. None: what is free."""
+    overlap: bool = False
+    """Copy parameters and optimizer state beside the next forward and backward; the next optimizer.step() waits for
+    it. For loops where nothing else changes them before that step."""
     share_unchanged: bool = True
     """Link or copy files whose bytes are those of the checkpoint before (frozen weights) instead of writing them."""
     when_busy: Literal["wait", "skip"] = "wait"
@@ -239,6 +242,13 @@ class CheckpointConfig(_Section):
         if save and save.on_file and template.step(save.on_file) is not None:
             raise ValueError(f"gives folders like save.on_file, {save.on_file!r}; rename one of them")
         return name
+
+    @field_validator("overlap")
+    @classmethod
+    def _overlap_has_a_copy(cls, overlap: bool, info: ValidationInfo) -> bool:
+        if overlap and not info.data.get("background", True):
+            raise ValueError("needs background: true, as there is no copy without it")
+        return overlap
 
     @field_validator("latest")
     @classmethod

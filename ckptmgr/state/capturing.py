@@ -319,15 +319,20 @@ def non_finite(flat: FlatSnapshot) -> list[str]:
     for device_extremes in extremes.values():
         finite = torch.isfinite(torch.stack([pair for _, pair in device_extremes])).all(dim=1).tolist()
         odd |= {number for (number, _), good in zip(device_extremes, finite, strict=True) if not good}
-    names: list[str] = []
+    return names(flat, odd)
+
+
+def names(flat: FlatSnapshot, numbers: Collection[int]) -> list[str]:
+    """The names of the tensors with these numbers, all of each."""
+    found: list[str] = []
 
     def look(leaf: Any, path: tuple[str, ...]) -> None:
-        if isinstance(leaf, dict) and leaf["$tensor"] in odd:
-            names.append(".".join(path))
+        if isinstance(leaf, dict) and leaf["$tensor"] in numbers:
+            found.append(".".join(path))
 
-    for entry, tree in flat.entries.items() if odd else ():
+    for entry, tree in flat.entries.items() if numbers else ():
         map_leaves(tree, look, (entry,))
-    return names
+    return found
 
 
 def _extremes(tensor: torch.Tensor) -> torch.Tensor | None:

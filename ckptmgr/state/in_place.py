@@ -37,13 +37,14 @@ class InPlace:
         """Have each leaf read straight into the tensor of its shape, where that can be."""
         targets, begins, ends = self.targets, self._begins, self._ends
         for leaf, target in offers:
-            if target.dtype is not leaf.dtype:
+            dtype = target.dtype
+            if dtype is not leaf.dtype:
                 self.make([(leaf, target)])
                 continue
             # The first is what the second says, without a call for each of 100,000.
             if (
                 type(target) in _TYPES
-                and target.dtype in _REAL
+                and dtype in _REAL
                 and target.layout is _STRIDED
                 and target.is_cpu
                 and target.is_contiguous()
