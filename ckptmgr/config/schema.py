@@ -187,7 +187,7 @@ class CheckpointConfig(_Section):
     """The most host memory for that copy; a state that needs more is saved while training waits. None: what is free."""
     overlap: bool = False
     """Copy parameters and optimizer state beside the next forward and backward; the next optimizer.step() waits for
-    it. For loops where nothing else changes them before that step."""
+    it. For loops where nothing else changes them before that step, and which is no replayed CUDA graph."""
     share_unchanged: bool = True
     """Link or copy files whose bytes are those of the checkpoint before (frozen weights) instead of writing them."""
     when_busy: Literal["wait", "skip"] = "wait"
