@@ -340,7 +340,8 @@ class NameTemplate:
     def steps(self, names: Iterable[str]) -> list[int]:
         """The step in each of many folders' names, or -1."""
         # One search for all: there may be ten thousand.
-        return [int(step or -1) for step in self._each.findall("/".join(names))]
+        found = self._each.findall("/".join(names))
+        return list(map(int, found)) if all(found) else [int(step or -1) for step in found]
 
 
 DEFAULT_NAMES = NameTemplate("step-{step:08d}")

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 # What some system reads as a separator, a drive, a stream or the end of the name, or can't encode.
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:\ud800-\udfff]")
+_NO_NAMES = frozenset(("", ".", ".."))
 
 
 def is_key(key: str) -> bool:
     """Whether this is a relative path that can lead nowhere but below the root, on any system."""
-    return not _FORBIDDEN.search(key) and all(part not in ("", ".", "..") for part in key.split("/"))
+    return not _FORBIDDEN.search(key) and _NO_NAMES.isdisjoint(key.split("/"))
 
 
 def checked_key(key: str) -> str:

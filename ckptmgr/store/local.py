@@ -7,6 +7,8 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
+from itertools import repeat
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _DISK_TROUBLE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _NO_LINK_HERE = NO_LINKS | {errno.EXDEV, errno.EMLINK}
+_as_entry: Callable[[tuple[object, ...]], Entry] = partial(tuple.__new__, Entry)  # as `Entry`, in a third of the time
 
 
 def local_path(url: str | Path) -> Path | None:
@@ -272,19 +275,21 @@ class LocalStore:
             folders = []
             with children:
                 for child in children:
-                    if not is_key(child.name):
-                        continue  # nothing of ours
                     if child.is_dir(follow_symlinks=False):
                         folders.append(child.name)
-                    elif child.is_file(follow_symlinks=False) and not is_temp(child.name):
+                    elif child.is_file(follow_symlinks=False) and is_key(child.name) and not is_temp(child.name):
                         with suppress(FileNotFoundError):  # deleted since
                             found = child.stat(follow_symlinks=False)
                             yield Entry(prefix + child.name, found.st_size, found.st_mtime)
+            if not is_key("/".join(folders)):  # all are, in one look
+                folders = [name for name in folders if is_key(name)]  # the others are nothing of ours
             if recursive:
                 left += [(folder / name, f"{prefix}{name}/") for name in folders]
             else:
-                # There may be ten thousand, and entries take longer to sort than names.
-                yield from [Entry(prefix + name, 0, None, True) for name in sorted(folders)]
+                # There may be ten thousand, and entries take longer to sort than names, and to make one by one.
+                folders.sort()
+                keys = [prefix + name for name in folders] if prefix else folders
+                yield from map(_as_entry, zip(keys, repeat(0), repeat(None), repeat(True), strict=False))
 
     def _prune(self, folder: Path) -> Path:
         """Remove empty folders upwards, but never the root; the first folder that stays."""
