@@ -70,7 +70,7 @@ class Arena:
     def hold(self, regions: Mapping[str, Region], flat: FlatSnapshot, late: Collection[torch.Tensor] = ()) -> Staged:
         """Copy the tensors. At return the caller may change those in host memory, and use those on a
         device in its current stream: the copies come first there. The larger ones of `late` may be changed only
-        after `Staged.settle`. What was held before is overwritten. Raises `MemoryError`."""
+        after the `settle` of `Staged.rest`. What was held before is overwritten. Raises `MemoryError`."""
         self._wait_for_touch()
         memory = self._reserve(staged_size(regions))
         program = self._program
@@ -78,16 +78,16 @@ class Arena:
             program = self._program = _Program(regions, flat, memory)
         if program.device and self._is_pinned is None:
             self._is_pinned = _pin(memory)
-        waiting = program.numbers(flat, late)
+        waiting = dict.fromkeys(program.numbers(flat, late))
         in_time = program.large(flat, waiting, is_late=False)
         self._in_two_threads(in_time, 0 if waiting else program.large_bytes)
         program.copy_small(flat)  # after these, as two threads bring the memory faster than one
         now, later = program.copy_from_devices(flat, waiting)
         for device, event in now:
             torch.cuda.current_stream(device).wait_event(event)
-        watched = [flat.tensors[number] for number in sorted(waiting)]
+        watched = [flat.tensors[number] for number in waiting]
         rest = self._in_a_thread(program.large(flat, waiting, is_late=True), watched)
-        return Staged(program, memory, flat, [event for _, event in now], Rest(rest, later, sorted(waiting), watched))
+        return Staged(program, memory, flat, [event for _, event in now], Rest(rest, later, [*waiting], watched))
 
     def release(self) -> None:
         """Give the memory back."""
@@ -217,14 +217,14 @@ class _Program:
         at, form = self._forms[number]
         return like(_view(memory, at, form.shape, form.stride(), form.dtype), form)
 
-    def numbers(self, flat: FlatSnapshot, late: Collection[torch.Tensor]) -> set[int]:
+    def numbers(self, flat: FlatSnapshot, late: Collection[torch.Tensor]) -> list[int]:
         """Of large tensors and those on a CUDA device, the ones that lie just where one of `late` does."""
         if not late:
-            return set()
+            return []
         places = {(tensor.data_ptr(), tensor.nbytes) for tensor in late if tensor.layout == torch.strided}
         mine = [number for number, _, _ in self._large]
         mine += [number for number, _ in self.device if flat.tensors[number].is_cuda]
-        return {number for number in mine if (flat.tensors[number].data_ptr(), flat.tensors[number].nbytes) in places}
+        return [number for number in mine if (flat.tensors[number].data_ptr(), flat.tensors[number].nbytes) in places]
 
     def large(self, flat: FlatSnapshot, late: Collection[int], *, is_late: bool) -> list[Callable[[], object]]:
         """Copies of those large tensors that are late, or are not, in pieces that threads may share."""
@@ -266,7 +266,7 @@ class Staged:
     def __init__(
         self, program: _Program, memory: memoryview, flat: FlatSnapshot, events: list[torch.cuda.Event], rest: Rest
     ) -> None:
-        self._program, self._memory, self._events, self._rest = program, memory, events, rest
+        self._program, self._memory, self._events, self.rest = program, memory, events, rest
         self._special = {number: own_copy(flat.tensors[number]) for number in program.special}
         self.parts: Mapping[str, Part] = {
             name: _Copied(memory[at : at + region.size])
@@ -279,14 +279,10 @@ class Staged:
     def wait(self) -> None:
         for event in self._events:
             event.synchronize()
-        self._rest.wait()
-
-    def settle(self) -> None:
-        """Block until all tensors may be changed. Never raises."""
-        self._rest.settle()
+        self.rest.wait()
 
     def changed(self) -> Sequence[int]:
-        return self._rest.changed()
+        return self.rest.changed()
 
 
 class _Copied:

@@ -53,9 +53,9 @@ class Copier:
     def _held(self, regions: Mapping[str, Region], flat: FlatSnapshot, objects: Mapping[str, Any]) -> Staged:
         if self._steps is None:
             return self._arena.hold(regions, flat)
-        self._steps.let_go()
-        staged = self._arena.hold(regions, flat, self._steps.changed(objects))
-        self._steps.hold_back(staged)
+        self._steps.let_go()  # an earlier save may have failed before its copy was done
+        staged = self._arena.hold(regions, flat, self._steps.tensors(objects))
+        self._steps.hold_back(staged.rest)
         return staged
 
     def make_room(self, size: int) -> Future[None]:

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,21 +19,14 @@ from .state.shards import local
 Mark: TypeAlias = "tuple[torch.device, torch.cuda.Event]"  # what a copy's end is waited for with
 
 
-class Copying(Protocol):
-    """A copy that goes on while training does."""
-
-    def settle(self) -> None:
-        """See `Rest.settle`."""
-
-
 class NextSteps:
     """Of the optimizers of a state: what they change, and a hook before each of their steps. Used from one thread."""
 
     def __init__(self) -> None:
         self._hooks: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
-        self._copying: Copying | None = None
+        self._rest: Rest | None = None
 
-    def changed(self, objects: Mapping[str, Any]) -> list[torch.Tensor]:
+    def tensors(self, objects: Mapping[str, Any]) -> list[torch.Tensor]:
         """Parameters, and state kept for them, of the optimizers among the objects: what training does not
         change before their next step, which waits from now on for what `hold_back` is given."""
         optimizers = [one for one in unmarked(objects).values() if isinstance(one, Optimizer) and _tells_of_steps(one)]
@@ -42,15 +35,15 @@ class NextSteps:
                 self._hooks[optimizer] = optimizer.register_step_pre_hook(_hook(weakref.ref(self)))
         return [local(tensor) for optimizer in optimizers for tensor in _tensors(optimizer)]
 
-    def hold_back(self, copying: Copying) -> None:
+    def hold_back(self, rest: Rest) -> None:
         """Have the next step wait for this."""
-        self._copying = copying
+        self._rest = rest
 
     def let_go(self) -> None:
         """Wait for the copy. Called before each step."""
-        if self._copying is not None:
-            self._copying.settle()
-            self._copying = None
+        if self._rest is not None:
+            self._rest.settle()
+            self._rest = None
 
     def close(self) -> None:
         """Leave the optimizers alone. Blocks as a step would."""

@@ -169,12 +169,12 @@ def test_nothing_is_kept_alive_by_waiting_for_its_step(manager: CheckpointManage
 def test_only_optimizers_whose_steps_torch_tells_of_can_wait() -> None:
     model, optimizer = _model()
     steps = NextSteps()
-    assert len(steps.changed({"model": model})) == 0
-    assert len(steps.changed({"optimizer": optimizer})) == 6
+    assert len(steps.tensors({"model": model})) == 0
+    assert len(steps.tensors({"optimizer": optimizer})) == 6
     torch.optim.lr_scheduler.StepLR(optimizer, 1)  # puts a method of its own in the step's place
-    assert len(steps.changed({"optimizer": optimizer})) == 6
+    assert len(steps.tensors({"optimizer": optimizer})) == 6
     optimizer.step = lambda: None  # type: ignore[method-assign]
-    assert len(steps.changed({"optimizer": optimizer})) == 0
+    assert len(steps.tensors({"optimizer": optimizer})) == 0
 
 
 def test_it_needs_background(tmp_path: Path) -> None:

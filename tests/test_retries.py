@@ -11,7 +11,7 @@ from servers import Bucket
 from servers.patience import SkippedTime, impatient
 
 from ckptmgr.errors import StoreError
-from ckptmgr.store.haste import in_haste, until
+from ckptmgr.store.haste import in_haste
 from ckptmgr.store.remote import FsspecStore
 from ckptmgr.store.retries import Outlook, Patience, Retries, of_status, tries
 from ckptmgr.testing import FaultProxy, HttpFault
@@ -241,7 +241,7 @@ def test_what_nobody_wants_any_more_is_not_asked_again_and_the_store_is_not_call
         raise TimeoutError(500)
 
     def ask() -> None:
-        with until(unwanted):
+        with in_haste(unwanted=unwanted):
             retries(failing)
 
     with ThreadPoolExecutor(1) as pool:
@@ -250,7 +250,7 @@ def test_what_nobody_wants_any_more_is_not_asked_again_and_the_store_is_not_call
         unwanted.set()
         with pytest.raises(TimeoutError, match="500"):
             future.result(60)
-    with until(unwanted), pytest.raises(TimeoutError):
+    with in_haste(unwanted=unwanted), pytest.raises(TimeoutError):
         retries(request := _Failing(TimeoutError(500), None))
     assert len(request.limits) == 1
     assert retries(_Failing(None)) == "answer"

@@ -24,19 +24,11 @@ _haste: ContextVar[Haste] = ContextVar("ckptmgr-haste", default=_NONE)
 
 
 @contextmanager
-def in_haste(within_s: float, *, is_once: bool = False) -> Iterator[None]:
-    """Requests of this thread take no longer than this, each, to a store behind a network."""
-    token = _haste.set(Haste(within_s, is_once))
-    try:
-        yield
-    finally:
-        _haste.reset(token)
-
-
-@contextmanager
-def until(unwanted: threading.Event) -> Iterator[None]:
-    """Requests of this thread are not made again once this is set."""
-    token = _haste.set(Haste(unwanted=unwanted))
+def in_haste(
+    within_s: float = float("inf"), *, is_once: bool = False, unwanted: threading.Event | None = None
+) -> Iterator[None]:
+    """Requests of this thread take no longer than this, each, to a store behind a network; see `Haste`."""
+    token = _haste.set(Haste(within_s, is_once, unwanted))
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from .dialect import Unended
-from .haste import in_haste, until
+from .haste import in_haste
 
 _SMALLEST = 16 << 20  # bytes
 _EVEN_PARTS = 5_000  # of one size, as some stores want them
@@ -63,7 +63,7 @@ def copy(requests: Multipart, source: str, name: str, size: int) -> None:
     """Have the store copy an object, a large one in several parts at a time."""
 
     def copy_part(start: int) -> Any:
-        with until(failed):
+        with in_haste(unwanted=failed):
             try:
                 return requests.copy_part(source, name, upload, start // step + 1, start, min(start + step, size))
             except BaseException:
@@ -152,5 +152,5 @@ class MultipartUpload:
 def _send_until(
     ended: threading.Event, requests: Multipart, name: str, upload: str, number: int, part: bytearray
 ) -> Any:
-    with until(ended):
+    with in_haste(unwanted=ended):
         return requests.send(name, upload, number, part)

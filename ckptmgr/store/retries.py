@@ -93,12 +93,12 @@ class Retries:
         last: Exception | None = TimeoutError("the store did not answer before") if self._is_down else None
         seen: RetryCallState | None = None
 
-        def is_unwanted() -> bool:
-            return hurry.unwanted is not None and hurry.unwanted.is_set()
+        def is_given_up() -> bool:
+            return self._has_given_up or (hurry.unwanted is not None and hurry.unwanted.is_set())
 
         def ask() -> _T:
             nonlocal tried
-            if last is not None and (self._has_given_up or is_unwanted()):
+            if last is not None and is_given_up():
                 raise last
             tried += 1
             answer = request(max(_LEAST_S, (begin + deadline - clock()) * _OF_WHAT_IS_LEFT))
@@ -117,7 +117,7 @@ class Retries:
             is_enough = hurry.is_once or (self._is_stranger(_error(state)) and state.attempt_number >= _OF_A_STRANGER)
             if self._has_given_up or (is_late and deadline == self._patience.deadline_s):
                 self._is_down = True
-            if is_late or is_enough or self._has_given_up or is_unwanted():
+            if is_late or is_enough or is_given_up():
                 self._give_back()
                 return True
             return False
