@@ -32,6 +32,7 @@ from .manifest import CheckpointInfo, NameTemplate
 from .repository import Repository
 from .retention import Best, NewerThan, Plan
 from .store import Store
+from .store.removal import names_first
 
 _log = logging.getLogger("ckptmgr.run")
 
@@ -220,21 +221,25 @@ class Run:
         self._has_committed = True
         self._ledger.add(info)
         try:
-            self.repository.expel()
-            self.repository.point(info.name)
-            if replaces:
-                now = datetime.now(UTC)
-                for old in self.known():
-                    is_pinned = any(pin.holds(now) for pin in old.pins)
-                    # Of one whose manifest can't be read only a person can tell whose it is.
-                    if old.step == info.step and old.name != info.name and old.manifest and not is_pinned:
-                        self.drop(old)
-            self.rotate(info)
+            with names_first():
+                self._make_way(info, replaces=replaces)
         except FencedError:
             raise
         except CheckpointError as exc:
             self._ledger.forget()
             _log.warning("retention.failed step=%d url=%s cause=%s", info.step, self.url, exc)
+
+    def _make_way(self, info: CheckpointInfo, *, replaces: bool) -> None:
+        self.repository.expel()
+        self.repository.point(info.name)
+        if replaces:
+            now = datetime.now(UTC)
+            for old in self.known():
+                is_pinned = any(pin.holds(now) for pin in old.pins)
+                # Of one whose manifest can't be read only a person can tell whose it is.
+                if old.step == info.step and old.name != info.name and old.manifest and not is_pinned:
+                    self.drop(old)
+        self.rotate(info)
 
     def retain(self) -> Plan:
         """Become the writer, and carry out what the keep rules say of what is in the root now."""

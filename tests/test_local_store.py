@@ -16,7 +16,6 @@ from ckptmgr.errors import AlreadyExistsError, ConfigError, NotFoundError, Store
 from ckptmgr.store import DRAFTS, Entry, mounts, open_store
 from ckptmgr.store.disk import explain
 from ckptmgr.store.local import LocalStore, local_path
-from ckptmgr.store.removal import wait_for_space
 
 
 @pytest.fixture
@@ -674,41 +673,3 @@ def test_folders_are_not_renamed_where_trying_fails(root: Path, monkeypatch: pyt
 def test_a_system_without_a_mount_table_is_tried(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mounts, "_MOUNTS", root / "missing")
     assert LocalStore(root).can_rename
-
-
-LARGE = b"x" * (5 << 20)
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no list of open files here")
-def test_a_large_file_is_gone_at_once_and_its_space_before_anyone_forks(tmp_path: Path) -> None:
-    """A forked child would keep the blocks for as long as it lives."""
-    store = LocalStore(tmp_path)
-    for _ in range(5):
-        store.put("run/large", LARGE)
-        store.delete(["run/large"])
-        assert store.stat("run/large") is None
-        child = os.fork()
-        if child == 0:
-            links = list(Path("/proc/self/fd").iterdir())
-            os._exit(sum("large" in str(link.readlink()) for link in links if link.is_symlink()))
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_of_a_file_with_two_names_the_other_stays_whole(tmp_path: Path) -> None:
-    store = LocalStore(tmp_path)
-    store.put("a/large", LARGE)
-    assert store.copy("a/large", "b/large")
-    store.delete(["a/large"])
-    wait_for_space()
-    assert store.get("b/large") == LARGE
-
-
-def test_whoever_has_a_deleted_file_open_reads_on(tmp_path: Path) -> None:
-    store = LocalStore(tmp_path)
-    store.put("large", LARGE)
-    reader = store.reader("large")
-    store.delete(["large"])
-    wait_for_space()
-    out = bytearray(len(LARGE))
-    assert (reader.read_into(0, [out]), bytes(out)) == (len(LARGE), LARGE)
-    reader.close()

@@ -21,7 +21,7 @@ from .leftovers import is_temp, temp_name
 from .local_reader import LocalReader
 from .local_writer import LocalWriter
 from .mounts import can_rename_folders
-from .removal import remove_file, wait_for_space
+from .removal import names_first, remove_file, wait_for_space
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -154,6 +154,10 @@ class LocalStore:
         return Entry(name, found.st_size, found.st_mtime) if stat.S_ISREG(found.st_mode) else None
 
     def delete(self, keys: Iterable[str]) -> None:
+        with names_first():
+            self._delete(keys)
+
+    def _delete(self, keys: Iterable[str]) -> None:
         touched: set[Path] = set()
         for key in keys:
             checked_key(key.removesuffix("/"))

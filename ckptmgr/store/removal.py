@@ -1,20 +1,25 @@
 """How does a large file go without anyone waiting for it? Its name at once, its blocks in a thread of their own.
 
 A file system frees the blocks of a file when the last descriptor of it is closed, which takes a
-tenth of a second per GiB and more. Whoever deletes a checkpoint waits only for the name.
+tenth of a second per GiB and more. Whoever deletes a checkpoint waits only for the names, all of which
+go before the first block: a journal has the one wait for the other.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .disk import open_file
 
 _LARGE = 4 << 20  # bytes
+_MOST = 64  # descriptors that are held back
 
+_waiting: list[int] = []  # of files without a name
+_holds: set[object] = set()
 _freeing: set[threading.Thread] = set()
 
 
@@ -35,29 +40,64 @@ def remove_file(path: Path) -> None:
     except BaseException:
         os.close(fd)
         raise
-    thread = threading.Thread(target=_free, args=(fd,), name="ckptmgr-free", daemon=True)
-    if is_last:
-        _freeing.add(thread)
-        with suppress(RuntimeError):  # no more threads to be had
-            thread.start()
-            return
-        _freeing.discard(thread)
-    os.close(fd)
+    if not is_last:
+        os.close(fd)
+        return
+    _waiting.append(fd)
+    if not _holds or len(_waiting) >= _MOST:
+        _begin()
+
+
+@contextmanager
+def names_first() -> Iterator[None]:
+    """A block that changes names: no file is freed before it ends."""
+    hold = object()
+    _holds.add(hold)
+    try:
+        yield
+    finally:
+        _holds.discard(hold)
+        if not _holds:
+            _begin()
 
 
 def wait_for_space() -> bool:
     """Block until the space of what was removed is free; whether there was any to wait for."""
+    _begin()
     threads = list(_freeing)
     for thread in threads:
         thread.join()
     return bool(threads)
 
 
-def _free(fd: int) -> None:
+def _begin() -> None:
+    """Free what waits, in a thread. Several threads may call this."""
+    fds = []
+    with suppress(IndexError):
+        while True:
+            fds.append(_waiting.pop())
+    if not fds:
+        return
+    thread = threading.Thread(target=_free, args=(fds,), name="ckptmgr-free", daemon=True)
+    _freeing.add(thread)
     try:
-        os.close(fd)
+        thread.start()
+    except RuntimeError:  # no more threads to be had
+        _freeing.discard(thread)
+        _close(fds)
+
+
+def _free(fds: list[int]) -> None:
+    try:
+        _close(fds)
     finally:
         _freeing.discard(threading.current_thread())
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        with suppress(OSError):  # the name is gone, and that is what was asked for
+            os.close(fd)
 
 
 if hasattr(os, "register_at_fork"):
