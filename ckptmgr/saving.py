@@ -20,6 +20,7 @@ from .manifest import CheckpointInfo
 from .request import Request, State, as_mapping
 from .run import Run
 from .state import Recorder, holds_sharded, non_finite
+from .state.collector import uncollected
 from .state.shards import local
 from .state.snapshot import FlatSnapshot
 from .whole_save import WholeSave
@@ -75,7 +76,8 @@ class Saver:
                 )
             return save.decide([part for _, part in parts])
 
-        answer = ranks.prompt.exchange(f"save of step {request.step}", mine, decide)
+        with uncollected():
+            answer = ranks.prompt.exchange(f"save of step {request.step}", mine, decide)
         assert save is not None
         is_background = save.take(answer, ranks)
         stall = time.monotonic() - began
@@ -133,12 +135,15 @@ class Saver:
 
     def prepare(self, objects: Mapping[str, Any], ranks: Coordinator) -> None:
         """Plan the files of a state like this one, and make the memory for its copy. Blocks."""
-        if self._is_sharded(objects, ranks):
-            flat = self._recorder.capture(objects, only=self._config.only, rank=ranks.rank)
-            self._copier.make_room(local_bytes(flat)).result()
-        elif not ranks.rank:
-            plan = self._format.plan(self._recorder.capture(objects, only=self._config.only))
-            self._copier.make_room(staged_size(plan.regions)).result()
+        with uncollected():
+            if self._is_sharded(objects, ranks):
+                flat = self._recorder.capture(objects, only=self._config.only, rank=ranks.rank)
+                size = local_bytes(flat)
+            elif not ranks.rank:
+                size = staged_size(self._format.plan(self._recorder.capture(objects, only=self._config.only)).regions)
+            else:
+                return
+        self._copier.make_room(size).result()
 
     def expect(self, size: int, objects: Mapping[str, Any], ranks: Coordinator) -> None:
         """Begin to make the memory for copies of a state of `size` bytes. Of a sharded one every rank

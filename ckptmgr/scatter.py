@@ -222,6 +222,7 @@ class _File:
             self.close()
 
     def close(self) -> None:
+        self.tasks = []  # they hold the file, which would wait with all its segments for the garbage collector
         if self._reader is not None:
             self._reader.close()
 

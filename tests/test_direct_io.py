@@ -203,6 +203,19 @@ def test_what_is_cold_is_read_directly_and_what_is_warm_is_not(store: LocalStore
     assert calls.ways == {("read", False)}
 
 
+def test_of_a_file_s_end_only_what_fills_no_block_is_read_the_plain_way(
+    store: LocalStore, root: Path, calls: _Calls
+) -> None:
+    data = _noise(2 * _MIB + BLOCK + 5)
+    store.put("key", data)
+    _forget(root / "key")
+    reader, end = store.reader("key"), memory.buffer(2 * _MIB)[: _MIB + BLOCK + 5]
+    assert reader.read_into(_MIB, [end]) == len(end)
+    reader.close()
+    assert end == data[_MIB:]
+    assert calls.log == [("read", True, _MIB + BLOCK), ("read", False, 5)]
+
+
 @pytest.mark.parametrize(
     ("start", "buffers"),
     [

@@ -390,7 +390,7 @@ def test_what_a_broken_read_has_left_is_overwritten_by_the_next_one() -> None:
     other, live = trained(1, adamw)
     stored = save(model=model, optimizer=optimizer)
 
-    def torn(wanted: Any) -> Any:
+    def torn(wanted: Any, **more: Any) -> Any:
         for target in wanted.values():
             if target is not None:
                 target.detach().fill_(-1)
@@ -495,7 +495,7 @@ def test_weights_tied_by_memory_alone_are_read_once_into_it() -> None:
     place = other[0].weight.data_ptr()
     stored = save(model=model)
 
-    def only_read(wanted: Any) -> dict[Any, torch.Tensor]:
+    def only_read(wanted: Any, **more: Any) -> dict[Any, torch.Tensor]:
         stored.fetch(wanted)
         return {}  # nothing is left to be copied
 

@@ -507,6 +507,29 @@ def test_another_run_in_the_root_is_named(open_manager: Callable[..., Checkpoint
         open_manager(run="b").resume()
 
 
+@pytest.mark.parametrize("was_on", [True, False])
+def test_a_save_of_many_new_tensors_is_not_held_up_by_the_garbage_collector(
+    open_manager: Callable[..., CheckpointManager], was_on: bool
+) -> None:
+    """It would look at all of them again for every few hundred that are planned."""
+    manager, looks = open_manager(background=True), []
+    state = {str(number): torch.zeros(1) for number in range(5000)}
+
+    def watch(phase: str, info: dict[str, int]) -> None:
+        looks.append(threading.current_thread())
+
+    if not was_on:
+        gc.disable()
+    gc.callbacks.append(watch)
+    try:
+        manager.save(state, 1)
+        assert looks.count(threading.current_thread()) <= 2  # the start and stop of one, when all is planned
+        assert gc.isenabled() is was_on
+    finally:
+        gc.callbacks.remove(watch)
+        gc.enable()
+
+
 def test_a_run_without_a_name_gets_one_and_keeps_it(open_manager: Callable[..., CheckpointManager]) -> None:
     with open_manager(run=None) as first:
         first.save(state(), 1)

@@ -722,18 +722,6 @@ def test_random_streams_stay_as_they_were_at_every_capture() -> None:
     assert torch.equal(from_json(flat.ranks[0].rng)["torch"], state)
 
 
-def test_collecting_garbage_goes_on_as_it_was() -> None:
-    recorder = Recorder()
-    recorder.capture({"n": 1})
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        recorder.capture({"n": 1})
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-
-
 # Any change at all
 
 TENSORS: list[Callable[[], torch.Tensor]] = [

@@ -64,7 +64,10 @@ class Stored:
         """All is in the entries."""
 
     def fetch(
-        self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"
+        self,
+        wanted: Mapping[StoredTensor, torch.Tensor | None],
+        device: str | torch.device = "cpu",
+        addresses: Mapping[StoredTensor, int] = {},
     ) -> dict[StoredTensor, torch.Tensor]:
         self.fetched += wanted
         result = {}
@@ -215,7 +218,7 @@ def test_ties_may_come_and_go() -> None:
         loose[1].weight.add_(1)
     stored = save(model=loose)
     # A format reads in the order of its files.
-    match({"model": tied}, stored).apply(lambda wanted: stored.fetch(dict(reversed(wanted.items()))))
+    match({"model": tied}, stored).apply(lambda wanted, **more: stored.fetch(dict(reversed(wanted.items())), **more))
     assert torch.equal(tied[0].weight, loose[1].weight)  # as torch does it: the last one stands
 
 
@@ -694,7 +697,7 @@ def test_a_target_that_refuses_its_state_is_named() -> None:
 
 
 def test_damage_found_while_reading_comes_out_as_damage() -> None:
-    def broken(wanted: Any) -> Any:
+    def broken(wanted: Any, **more: Any) -> Any:
         raise DamagedError("torn")
 
     with pytest.raises(DamagedError, match="torn"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import gc
 import os
 import random
 import subprocess
@@ -598,6 +599,23 @@ def _rest(entry: FileEntry) -> tuple[int, str, tuple[str, ...]]:
 
 
 # Memory
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_nothing_of_what_was_read_waits_for_the_garbage_collector(is_remote: bool) -> None:
+    """Of a large state that would be hundreds of thousands of segments."""
+    place = Place(noise(PIECE * 3), is_remote=is_remote)
+    held = bytearray(PIECE * 3)
+    gc.collect()
+    before = set(map(id, gc.get_objects()))
+    gc.disable()
+    try:
+        scatter.scatter([place.wanted([(0, len(held), address(memoryview(held)))])], digests=True, is_remote=is_remote)
+        kinds = scatter._File, scatter._Segments, scatter._Task
+        assert [one for one in gc.get_objects() if type(one) in kinds and id(one) not in before] == []
+    finally:
+        gc.enable()
+
 
 _MEASURED = """
 import resource, sys

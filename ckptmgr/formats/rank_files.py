@@ -100,10 +100,13 @@ class OwnState:
         return _Objects(self._own.objects() if self._own else {}, self.shared.objects)
 
     def fetch(
-        self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"
+        self,
+        wanted: Mapping[StoredTensor, torch.Tensor | None],
+        device: str | torch.device = "cpu",
+        addresses: Mapping[StoredTensor, int] = {},
     ) -> dict[StoredTensor, torch.Tensor]:
         """See `StoredState.fetch`."""
-        return self.fetch_through(self.shared.fetch, wanted, device)
+        return self.fetch_through(partial(self.shared.fetch, addresses=addresses), wanted, device)
 
     def fetch_through(
         self,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, pairwise
-from operator import itemgetter
+from itertools import chain, islice
+from operator import gt, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,10 @@ class SafetensorsState:
         return read_objects(self._source)
 
     def fetch(
-        self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"
+        self,
+        wanted: Mapping[StoredTensor, torch.Tensor | None],
+        device: str | torch.device = "cpu",
+        addresses: Mapping[StoredTensor, int] = {},
     ) -> dict[StoredTensor, torch.Tensor]:
         """See `StoredState.fetch`. Reads all files at once, each in the order of its bytes; blocks."""
         lacking = [one for one, target in wanted.items() if target is None and one.location[0] != SPECIAL_NAME]
@@ -64,13 +67,13 @@ class SafetensorsState:
             if any_sharded and target is not None and is_sharded(target):
                 segments[name] += landing.parts(stored, target, begin)
                 continue
-            sink = landing.sink(stored, target)
+            sink = addresses[stored] if stored in addresses else landing.sink(stored, target)
             if begin < end:
                 segments[name].append((begin, end, sink))
         landing.begin()
         for name, of_file in segments.items():
             of_file.sort(key=itemgetter(0))
-            if any(one[1] > next_one[0] for one, next_one in pairwise(of_file)):
+            if any(map(gt, map(itemgetter(1), of_file), map(itemgetter(0), islice(of_file, 1, None)))):
                 raise DamagedError(f"{STATE_NAME}: two tensors lie in the same bytes of {name}")
         self._source.scatter(segments)
         landing.end()

@@ -175,7 +175,10 @@ class _TorchState:
         return read_objects(self._source)
 
     def fetch(
-        self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"
+        self,
+        wanted: Mapping[StoredTensor, torch.Tensor | None],
+        device: str | torch.device = "cpu",
+        addresses: Mapping[StoredTensor, int] = {},
     ) -> dict[StoredTensor, torch.Tensor]:
         """See `StoredState.fetch`. The files were read by `open`; this copies."""
         for stored, target in wanted.items():

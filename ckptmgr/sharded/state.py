@@ -95,7 +95,10 @@ class ShardedState:
         return read_objects(self._source)
 
     def fetch(
-        self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"
+        self,
+        wanted: Mapping[StoredTensor, torch.Tensor | None],
+        device: str | torch.device = "cpu",
+        addresses: Mapping[StoredTensor, int] = {},
     ) -> dict[StoredTensor, torch.Tensor]:
         """See `StoredState.fetch`; of a sharded target the part that is on this rank is read. No rank waits
         for another. Raises `DamagedError` also for a target that the stored parts do not cover."""

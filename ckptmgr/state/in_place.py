@@ -23,11 +23,12 @@ _REAL = {torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int6
 
 class InPlace:
     """Collects offers of memory. Once `settle` was called, `targets` are the tensors to read into, of which
-    those of `made` are new ones, sharded like a live one."""
+    those of `made` are new ones, sharded like a live one, and those of `addresses` lie there in one piece."""
 
     def __init__(self) -> None:
         self.targets: dict[StoredTensor, torch.Tensor] = {}
         self.made: dict[StoredTensor, torch.Tensor] = {}
+        self.addresses: dict[StoredTensor, int] = {}
         self._begins: list[int] = []  # of the targets' memory
         self._ends: list[int] = []
         self._twins: dict[int, StoredTensor] = {}  # by the id of a tensor with the memory of its leaf's target
@@ -35,7 +36,7 @@ class InPlace:
 
     def offer(self, offers: Iterable[tuple[StoredTensor, torch.Tensor]]) -> None:
         """Have each leaf read straight into the tensor of its shape, where that can be."""
-        targets, begins, ends = self.targets, self._begins, self._ends
+        targets, addresses, begins, ends = self.targets, self.addresses, self._begins, self._ends
         for leaf, target in offers:
             dtype = target.dtype
             if dtype is not leaf.dtype:
@@ -50,14 +51,16 @@ class InPlace:
                 and target.is_contiguous()
                 and not target.is_neg()
             ):
-                begin, reach = target.data_ptr(), target.nbytes
+                begin, reach, is_one_piece = target.data_ptr(), target.nbytes, True
             elif _is_readable_into(target):
-                begin, reach = local(target).data_ptr(), _reach(target)
+                begin, reach, is_one_piece = local(target).data_ptr(), _reach(target), False
             else:
                 self.make([(leaf, target)])
                 continue
             if leaf not in targets:
                 targets[leaf] = target
+                if is_one_piece:
+                    addresses[leaf] = begin
                 begins.append(begin)
                 ends.append(begin + reach)
             elif _is_twin(target, targets[leaf]):
@@ -87,6 +90,7 @@ class InPlace:
                 if number < len(leaves):
                     taken = self.targets.pop(leaves[number], None)
                     if taken is not None:
+                        self.addresses.pop(leaves[number], None)
                         self.make([(leaves[number], taken)])
         self.made = {leaf: like(one, leaf.dtype) for leaf, one in self.made.items() if leaf not in self.targets}
         self.targets |= self.made

@@ -17,7 +17,6 @@ import torch
 from ..errors import ConfigError
 from .capturing import Pickled, Reader, Reading, Ties
 from .codec import encode
-from .collector import uncollected
 from .plain_tags import is_plain
 from .shards import local
 from .snapshot import FlatSnapshot, RankPart, Tree, map_leaves
@@ -49,8 +48,7 @@ class Recorder:
         last, self._last = self._last, None
         flat = None if last is None else last.again(reading)
         if flat is None:
-            with uncollected():
-                last, flat = _record(reading)
+            last, flat = _record(reading)
         self._last = last
         return replace(flat, ranks={rank: reading.part})
 

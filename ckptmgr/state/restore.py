@@ -91,7 +91,7 @@ class RestorePlan:
             decode(tree, tensor=lambda leaf: leaf, objects=pickled.__getitem__, path=path)
         in_place = self._fitting.in_place
         wanted = {**self._needs.tensors, **in_place.targets}
-        source = Source(fetch(wanted), in_place, pickled, map_location)
+        source = Source(fetch(wanted, addresses=in_place.addresses), in_place, pickled, map_location)
         for filling in sorted(self._fitting.fillings, key=lambda one: one.order):
             try:
                 with torch.no_grad():

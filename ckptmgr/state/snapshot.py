@@ -168,10 +168,14 @@ class StoredState(Protocol):
         """What a rank saved for itself, read now, or None when it saved nothing. Raises `DamagedError`."""
 
     def fetch(
-        self, wanted: Mapping[StoredTensor, torch.Tensor | None], device: str | torch.device = "cpu"
+        self,
+        wanted: Mapping[StoredTensor, torch.Tensor | None],
+        device: str | torch.device = "cpu",
+        addresses: Mapping[StoredTensor, int] = {},
     ) -> dict[StoredTensor, torch.Tensor]:
         """Read the wanted tensors, each into the memory of the tensor given for it (same shape and
-        dtype, any device and strides), or into a fresh one on `device` where None is given. Raises `DamagedError`."""
+        dtype, any device and strides), or into a fresh one on `device` where None is given. `addresses` are of
+        those whose memory is known to take their bytes as they are. Raises `DamagedError`."""
 
     def objects(self) -> Mapping[str, Any]:
         """What was pickled, by path. Runs code from the checkpoint: call only when trusted."""

@@ -64,11 +64,11 @@ class LocalReader:
         """How many bytes came past the page cache: all, the first ones, or none where it is not the way."""
         if not self._goes_direct or self._direct is None:
             return 0
-        fits = not (start % BLOCK or view.nbytes % BLOCK) and is_aligned(view)
-        if not fits or self._is_resident(start, start + view.nbytes):
+        whole = view.nbytes // BLOCK * BLOCK  # what is left over at the file's end is no way for it
+        if start % BLOCK or not whole or not is_aligned(view) or self._is_resident(start, start + whole):
             return 0
         try:
-            return os.preadv(self._direct, [view], start)
+            return os.preadv(self._direct, [view[:whole]], start)
         except OSError as exc:
             if not is_refusal(exc):
                 raise

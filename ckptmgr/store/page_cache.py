@@ -21,9 +21,12 @@ class _Range(ctypes.Structure):
 
 
 def is_resident(fd: int, start: int, end: int) -> bool:
-    """Whether (nearly) all of these bytes of a file are in the page cache. True where nobody knows."""
+    """Whether these bytes of a file are in the page cache, as far as a few pages from their middle can tell: to
+    look at all of them takes a tenth of the time that it takes to copy them. True where nobody knows."""
     if _LIBC is None:
         return True
+    spare = max(0, end - start - _SAMPLE * mmap.PAGESIZE) // 2
+    start, end = start + spare, end - spare
     asked, answer = _Range(start, end - start), (ctypes.c_uint64 * 5)()
     is_unknown = _LIBC.syscall(
         ctypes.c_long(_CACHESTAT), ctypes.c_int(fd), ctypes.byref(asked), ctypes.byref(answer), ctypes.c_uint(0)
@@ -36,7 +39,7 @@ def is_resident(fd: int, start: int, end: int) -> bool:
     if os.fstat(fd).st_uid != os.geteuid():
         return bool(is_unknown)
     begin = start - start % mmap.ALLOCATIONGRANULARITY
-    length = min(end - begin, _SAMPLE * mmap.PAGESIZE)
+    length = end - begin
     # Private and writable only because Python gives out the address of nothing else. No page is touched.
     with mmap.mmap(fd, length, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=begin) as area:
         sample = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
