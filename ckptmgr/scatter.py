@@ -22,12 +22,12 @@ from .errors import DamagedError, NotFoundError
 from .manifest import FileEntry, pieces
 from .memory import address, buffer, move, move_small, view
 from .store import BLOCK, Reader
-from .transfer import CHUNK, HANDS, SMALL, Crew, Segment
+from .transfer import HANDS, SMALL, Crew, Segment
 
 _REMOTE = 8  # threads
 _REQUEST = 8 << 20  # bytes asked of a network at a time
 _LARGE = 256 << 10  # bytes; a segment from here on is worth a read of its own, and a copy that lets others run
-_STEP = 2 << 20  # bytes read from the system's memory at a time: they are hashed in the processor's cache
+_STEP = 2 << 20  # bytes read from a disk or the system's memory at a time: they are hashed in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def _read(files: list[_File], is_remote: bool, on_damage: Callable[[_Task, Damag
     queue = iter(tasks)
 
     def work() -> None:
-        hand = _Hand(crew, min(_REQUEST if is_remote else CHUNK, max(sizes)))
+        hand = _Hand(crew, min(_REQUEST if is_remote else _STEP, max(sizes)))
         while True:
             with crew.changed:
                 task = next(queue, None)
@@ -145,7 +145,7 @@ class _File:
 
     def __init__(self, wanted: Wanted, digests: bool, is_remote: bool) -> None:
         self.entry, self.is_remote = wanted.entry, is_remote
-        self.step = _REQUEST if is_remote else CHUNK
+        self.step = _REQUEST if is_remote else _STEP
         self._url, self._open = wanted.url, wanted.open
         self._reader: Reader | None = None
         self._lock = threading.Lock()
@@ -247,9 +247,7 @@ class _Hand:
         for begin in range(task.begin, task.end, file.step):
             end = min(begin + file.step, task.end)
             is_direct = not file.takes_turns and file.is_cached(begin, end)
-            step = _STEP if is_direct else file.step
-            for at in range(begin, end, step):
-                self._move(task, run, at, min(at + step, end), is_direct)
+            self._move(task, run, begin, end, is_direct)
         self._wait_for_turn(task)
         if task.end < run.end or run.is_good:
             return

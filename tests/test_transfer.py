@@ -38,10 +38,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         (transfer, "CHUNK", CHUNK),
         (transfer, "SMALL", 2 * CHUNK),
         (transfer, "_CACHED", BLOCK),
-        (scatter, "CHUNK", CHUNK),
         (scatter, "SMALL", 2 * CHUNK),
         (scatter, "_REQUEST", CHUNK),
-        (scatter, "_STEP", BLOCK),
+        (scatter, "_STEP", CHUNK),
         (scatter, "_LARGE", 5000),
     ):
         monkeypatch.setattr(module, name, value)
