@@ -199,11 +199,15 @@ class CheckpointManager(Catalog):
         return self._schedule.should_stop
 
     def prepare(self, state: State) -> None:
-        """Make ahead what the first save of a state like this one would have to make: the plan of its
-        files and, with `background`, the memory for its copy. Blocks; saves nothing. Every rank calls it
-        right before the loop, when the optimizer has its state; `resume` makes the memory by itself."""
+        """Do ahead what the first save of a state like this one would have to do: take the root, plan the
+        files and, with `background`, make the memory for the copy. Blocks; saves nothing. Every rank calls it
+        right before the loop, when the optimizer has its state; `resume` takes the root and makes the memory by
+        itself. Raises what keeps the root from being taken, such as another writer."""
         self._settle()
-        self._saver.prepare(as_mapping(state), self._join())
+        ranks = self._join()
+        if not (self._is_begun or self._read_only):
+            ranks.prompt.exchange("prepare", lambda: None, lambda _: self._run.hold())
+        self._saver.prepare(as_mapping(state), ranks)
 
     def request_save(self, reason: str = "requested") -> None:
         """Make the next `maybe_save` save. From any thread; never blocks. Of several ranks any may ask, unless

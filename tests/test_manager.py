@@ -598,6 +598,16 @@ def test_a_fenced_writer_stops_even_under_on_error_warn(open_manager: Callable[.
         first.save(state(), 2)
 
 
+def test_another_writer_is_found_out_by_preparing_and_not_by_the_first_save(
+    open_manager: Callable[..., CheckpointManager],
+) -> None:
+    open_manager().prepare(state())
+    second = open_manager()
+    with pytest.raises(FencedError, match="this very process"):
+        second.prepare(state())
+    open_manager(read_only=True).prepare(state())
+
+
 def test_a_reader_works_beside_a_writer_and_never_writes(
     open_manager: Callable[..., CheckpointManager], store: MemoryStore
 ) -> None:

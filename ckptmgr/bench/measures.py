@@ -50,8 +50,10 @@ def measured(task: Task) -> Outcome:
 
 def _times(contender: Contender, place: Place, state: State, saves: int, found: _Measured) -> None:
     peer = open_peer(contender, place)
-    peer.prepare(state)
     for step in range(1, saves + 1):
+        make_ready(state)
+        if step == 1:
+            peer.prepare(state)
         stall, durable = timed_save(peer, state, step, place)
         first = "first_" if step == 1 else ""
         found.figures[f"{first}stall"].append(stall)
@@ -71,9 +73,8 @@ def _times(contender: Contender, place: Place, state: State, saves: int, found: 
 def timed_save(peer: Peer, state: State, step: int, place: Place) -> tuple[float, float]:
     """Seconds until the state may be changed, and until the save is complete and on the disk.
 
-    It comes right after a training step, which uses all of the state. That counts in virtual machines:
+    After `make_ready` it comes after a training step, which uses all of the state. That counts in virtual machines:
     memory given back takes their maps of what is in use with it."""
-    make_ready(state)
     change(state)
     settle(state)
     began = time.perf_counter()
