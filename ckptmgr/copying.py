@@ -8,10 +8,11 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from .arena import Arena, Staged, staged_size
+from .arena import Arena, Staged
 from .config import CheckpointConfig
 from .errors import SaveFailedError
 from .overlap import NextSteps
+from .program import staged_size
 from .staging import Held, Region
 from .state.capturing import names
 from .state.snapshot import FlatSnapshot

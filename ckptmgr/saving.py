@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .arena import staged_size
 from .background import Ended, LeftOut, Pending, Worker
 from .committing import Committer
 from .config import CheckpointConfig
@@ -17,6 +16,7 @@ from .copying import Copier
 from .errors import ConfigError, SaveFailedError, StoreFullError
 from .formats import open_format
 from .manifest import CheckpointInfo
+from .program import staged_size
 from .request import Request, State, as_mapping
 from .run import Run
 from .state import Recorder, holds_sharded, non_finite

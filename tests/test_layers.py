@@ -20,6 +20,7 @@ LAYERS = [
         "coordinator",
         "memory",
         "overlap",
+        "program",
         "priority",
         "request_file",
         "signals",

@@ -13,11 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptmgr.arena import Arena, staged_size
+from ckptmgr.arena import Arena
 from ckptmgr.errors import StateMismatchError
 from ckptmgr.formats.safetensors_file import SafetensorsFormat
 from ckptmgr.formats.torch_file import TorchFormat
 from ckptmgr.memory import address, available, buffer, view
+from ckptmgr.program import staged_size
 from ckptmgr.staging import Live, compact, copy_out, dense_stride, is_dense, memory
 from ckptmgr.state.snapshot import FlatSnapshot, Snapshot, flatten
 from ckptmgr.testing.format_cases import CASES, leaves, same
