@@ -63,16 +63,6 @@ def view(begin: int, size: int) -> memoryview:
     return memoryview((ctypes.c_char * size).from_address(begin)).cast("B") if size else memoryview(b"")
 
 
-# Two ways to copy `count` bytes to an address from another: `move(to, from, count)`. The first lets other
-# threads run meanwhile, which costs more than a small copy itself.
-move = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
-)
-move_small = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
-    ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
-)
-
-
 @contextlib.contextmanager
 def enough(what: str) -> Iterator[None]:
     """A block that does `what` and takes memory as a checkpoint says. Raises `StoreError` (ENOMEM) for want of it."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from itertools import accumulate
-from operator import itemgetter
+from itertools import accumulate, pairwise
+from operator import add, itemgetter
 from typing import Any
 
 import torch
 
-from .memory import address, move, move_small
+from .copies import gather, move
+from .memory import address
 from .overlap import Mark
 from .staging import Region, dense_stride, is_dense, is_plain_host, is_special, like, raw
 from .state.snapshot import FlatSnapshot
@@ -42,8 +43,8 @@ class Program:
         self.large_bytes = sum(size for _, _, size in self._large)
         numbers = [number for number, _, _ in self._small]
         self._pick: Callable[[Any], Any] = itemgetter(*numbers) if len(numbers) > 1 else _picker(numbers)
-        self._to = [place for _, place, _ in self._small]
         self._sizes = [size for _, _, size in self._small]
+        self._runs = _runs([place for _, place, _ in self._small], self._sizes)
 
     def _add(self, number: int, tensor: torch.Tensor, memory: memoryview, at: int, keeps_strides: bool) -> None:
         size = tensor.nbytes
@@ -64,9 +65,11 @@ class Program:
     def copy_small(self, flat: FlatSnapshot) -> None:
         """Tensors that are many, and those that no plain copy will do for."""
         known = flat.pointers
-        addresses = map(torch.Tensor.data_ptr, self._pick(flat.tensors)) if known is None else self._pick(known)
-        for _ in map(move_small, self._to, addresses, self._sizes):
-            pass
+        places = self._pick(flat.tensors) if known is None else self._pick(known)
+        if known is None:
+            places = list(map(torch.Tensor.data_ptr, places))
+        for begin, first, last in self._runs:
+            gather(begin, places[first:last], self._sizes[first:last])
         with torch.no_grad():
             for number, view in self._views:
                 if view.data_ptr() % view.itemsize:  # torch's own copy may end the process there
@@ -145,6 +148,13 @@ def _view(
         return torch.empty(shape, dtype=dtype)
     flat = torch.frombuffer(memory, dtype=torch.uint8, offset=at, count=size * dtype.itemsize).view(dtype)
     return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
+
+
+def _runs(places: list[int], sizes: list[int]) -> list[tuple[int, int, int]]:
+    """Where in memory each run of places without gaps begins, and from which number to which it goes."""
+    ends = map(add, places, sizes)
+    firsts = [0, *(number for number, end in enumerate(ends, 1) if number < len(places) and places[number] != end)]
+    return [(places[first], first, last) for first, last in pairwise([*firsts, len(places)])] if places else []
 
 
 def _picker(numbers: list[int]) -> Callable[[Any], Any]:

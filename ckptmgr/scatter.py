@@ -12,15 +12,15 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import compress, repeat
-from operator import not_, sub
+from operator import sub
 from typing import cast
 
 import xxhash
 
+from .copies import move, move_small, spread
 from .errors import DamagedError, NotFoundError
 from .manifest import FileEntry, pieces
-from .memory import address, buffer, move, move_small, view
+from .memory import address, buffer, view
 from .store import BLOCK, Reader
 from .transfer import HANDS, SMALL, Crew, Segment
 
@@ -129,8 +129,8 @@ class _Task:
 class _Segments:
     """Segments in order, without overlap."""
 
-    def __init__(self, rows: Sequence[Segment], begins: Sequence[int]) -> None:
-        self._rows, self._begins = rows, begins
+    def __init__(self, rows: Sequence[Segment]) -> None:
+        self._rows, self._begins = rows, [row[0] for row in rows]
 
     def within(self, begin: int, end: int) -> Sequence[Segment]:
         """Those that have bytes in [begin, end)."""
@@ -150,16 +150,15 @@ class _File:
         self._reader: Reader | None = None
         self._lock = threading.Lock()
         rows = [row for row in wanted.segments or () if row[0] < row[1]]
-        begins, ends, sinks = zip(*rows, strict=True) if rows else ((), (), ())
-        if ends and ends[-1] > self.entry.size:
-            raise DamagedError(f"{self._url} holds {self.entry.size:,} bytes, not the {ends[-1]:,} that are to be read")
-        self.large, self.small = _Segments((), ()), _Segments(rows, begins)
-        if max(map(sub, ends, begins), default=0) >= _LARGE:
-            is_large = [high - low >= _LARGE and isinstance(sink, int) for low, high, sink in rows]
-            self.large = _Segments(*(list(compress(each, is_large)) for each in (rows, begins)))
-            self.small = _Segments(*(list(compress(each, map(not_, is_large))) for each in (rows, begins)))
+        if rows and rows[-1][1] > self.entry.size:
+            raise DamagedError(
+                f"{self._url} holds {self.entry.size:,} bytes, not the {rows[-1][1]:,} that are to be read"
+            )
+        large = {row[0] for row in rows if row[1] - row[0] >= _LARGE and isinstance(row[2], int)}
+        self.large = _Segments([row for row in rows if row[0] in large] if large else [])
+        self.small = _Segments([row for row in rows if row[0] not in large] if large else rows)
         # A callable takes its bytes in order; and a network needs more requests at a time than a file may have pieces.
-        self.takes_turns = bool(rows) and (is_remote or not all(map(isinstance, sinks, repeat(int))))
+        self.takes_turns = bool(rows) and (is_remote or not {type(row[2]) for row in rows} <= {int})
         self.turn = 0
         runs = self._pieces(wanted.segments is None) if digests else self._ranges(rows)
         self.tasks = (
@@ -270,7 +269,9 @@ class _Hand:
             run.held = min(run.held, begin + count)
             return
         run.update(*buffers)
-        self._hand_out(file.small.within(begin, end), begin, end, move_small)
+        small = file.small.within(begin, end)
+        if file.takes_turns or not self._spread(small, begin, end):
+            self._hand_out(small, begin, end, move_small)
         if not is_direct:
             self._hand_out(large, begin, end, move)
 
@@ -286,6 +287,19 @@ class _Hand:
         if done < end:
             places.append(self._scratch[done - begin : end - begin])
         return places
+
+    def _spread(self, rows: Sequence[Segment], begin: int, end: int) -> bool:
+        """Copy the bytes [begin, end) from the scratch to where these segments go, if they have no gaps."""
+        if not rows:
+            return True
+        lows, highs, sinks = map(list, zip(*rows, strict=True))
+        if lows[1:] != highs[:-1]:
+            return False
+        if lows[0] < begin:
+            lows[0], sinks[0] = begin, sinks[0] + begin - lows[0]
+        highs[-1] = min(highs[-1], end)
+        spread(self._base + lows[0] - begin, sinks, list(map(sub, highs, lows)))
+        return True
 
     def _hand_out(self, rows: Sequence[Segment], begin: int, end: int, copy: Callable[[int, int, int], None]) -> None:
         """Copy the bytes [begin, end) from the scratch to where these segments go."""

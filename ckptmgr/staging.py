@@ -16,8 +16,9 @@ from typing import Protocol
 
 import torch
 
+from .copies import move
 from .errors import StateMismatchError
-from .memory import address, move
+from .memory import address
 from .state.snapshot import FlatSnapshot
 
 _BEGIN = itemgetter(0)

@@ -438,6 +438,20 @@ def test_every_segment_gets_its_bytes(place: Place, digests: bool, callables: fl
     assert targets.hold(place.data)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_many_small_segments_get_their_bytes(place: Place, seed: int) -> None:
+    """They go together, but for those that one read begins with and the next one ends, or that have a gap between."""
+    draw = random.Random(seed)
+    bounds, at = [], draw.randrange(700)
+    while at < len(place.data):
+        end = min(at + draw.randrange(400), len(place.data))
+        bounds.append((at, end))
+        at = end + (draw.random() < seed * 0.002) * draw.randrange(900)
+    targets = Targets(bounds)
+    place.read(targets)
+    assert targets.hold(place.data)
+
+
 def test_a_callable_gets_its_bytes_in_order_and_once(place: Place) -> None:
     targets = Targets([(3, 2 * PIECE + 5), (2 * PIECE + 5, 5 * PIECE + 12345)], callables=1.0)
     place.read(targets)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, islice
+from itertools import islice
 from operator import gt, itemgetter
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class SafetensorsState:
             if any_sharded and target is not None and is_sharded(target):
                 segments[name] += landing.parts(stored, target, begin)
                 continue
-            sink = addresses[stored] if stored in addresses else landing.sink(stored, target)
+            sink = addresses.get(stored) or landing.sink(stored, target)
             if begin < end:
                 segments[name].append((begin, end, sink))
         landing.begin()
@@ -105,38 +105,55 @@ class SafetensorsState:
 def _stored_tensors(rows: Sequence[Any], files: Mapping[str, FileEntry]) -> list[StoredTensor]:
     """The tensors of the table. Raises `FormatVersionError`, and `DamagedError` or another error for
     rows that can't be true."""
-    shapes, begins, ends = ([row[i] for row in rows] for i in (3, 4, 5))
-    if not {*map(type, begins), *map(type, ends), *map(type, chain.from_iterable(shapes))} <= {int}:
-        raise DamagedError(f"{STATE_NAME}: a tensor has a size or place that is no whole number")
-    kinds: dict[tuple[str, tuple[int, ...], bool], tuple[tuple[int, ...], torch.dtype, int]] = {}
-    file_sizes = {name: file.size for name, file in files.items()}
+    if not {type(size) for row in rows for size in row[3]} <= {int}:  # here, as below 1, True and 1.0 are the same
+        raise DamagedError(f"{STATE_NAME}: a tensor has a size that is no whole number")
+    kinds: dict[tuple[Any, ...], tuple[tuple[int, ...], torch.dtype, int]] = {}
+    file_sizes = {name: file.size for name, file in files.items() if name != SPECIAL_NAME}
     tensors: list[StoredTensor] = []
     for name, key, dtype_name, shape, begin, end, more in rows:
-        in_pickle = name == SPECIAL_NAME
-        kind = (dtype_name, tuple(shape), in_pickle)
-        if kind not in kinds:
-            dtype = dtype_named(dtype_name, key, in_pickle=in_pickle)
-            kinds[kind] = kind[1], dtype, bytes_of(dtype, shape)
-        shape, dtype, size = kinds[kind]
-        if name not in file_sizes:
-            raise DamagedError(f"{STATE_NAME}: tensor {key!r} is in {name!r}, which the checkpoint does not have")
-        if in_pickle and isinstance(key, str):
-            stored = StoredTensor(shape, dtype, (name, key, 0))
-        elif begin >= 8 and end - begin == size and end <= file_sizes[name]:
-            stored = StoredTensor(shape, dtype, (name, begin, end))
-        else:
+        file_size = file_sizes.get(name)
+        if file_size is None:
+            if name not in files:
+                raise DamagedError(f"{STATE_NAME}: tensor {key!r} is in {name!r}, which the checkpoint does not have")
+            tensors.append(_special(key, dtype_name, shape, more))
+            continue
+        kind = (dtype_name, *shape)
+        known = kinds.get(kind)
+        if known is None:
+            dtype = dtype_named(dtype_name, key)
+            known = kinds[kind] = kind[1:], dtype, bytes_of(dtype, shape)
+        shape, dtype, size = known
+        if type(begin) is not int or type(end) is not int:
+            raise DamagedError(f"{STATE_NAME}: tensor {key!r} has a place that is no whole number")
+        if begin < 8 or end - begin != size or end > file_size:
             raise DamagedError(
                 f"{STATE_NAME}: tensor {key!r} of {size:,} bytes can't lie in bytes {begin:,} to {end:,} of {name} "
-                f"({file_sizes[name]:,} bytes)"
+                f"({file_size:,} bytes)"
             )
+        stored = StoredTensor(shape, dtype, (name, begin, end))
         if more != {}:
-            stored.requires_grad, stored.is_parameter = more.get("requires_grad") is True, more.get("parameter") is True
-            if not in_pickle and (strides := more.get("stride")) is not None:
+            _add_flags(stored, more)
+            if (strides := more.get("stride")) is not None:
                 stored.stride = stride = tuple(map(checked_count, strides))
                 if len(stride) != len(shape) or not is_dense(shape, stride):
                     raise DamagedError(f"{STATE_NAME}: tensor {key!r} of shape {shape} can't have the strides {stride}")
         tensors.append(stored)
     return tensors
+
+
+def _special(key: Any, dtype_name: str, shape: Sequence[Any], more: Mapping[str, Any]) -> StoredTensor:
+    """A tensor of the pickle, from its row in the table."""
+    if not isinstance(key, str):
+        raise DamagedError(f"{STATE_NAME}: a tensor in {SPECIAL_NAME} has the name {key!r}")
+    dtype = dtype_named(dtype_name, key, in_pickle=True)
+    bytes_of(dtype, shape)
+    stored = StoredTensor(tuple(shape), dtype, (SPECIAL_NAME, key, 0))
+    _add_flags(stored, more)
+    return stored
+
+
+def _add_flags(stored: StoredTensor, more: Mapping[str, Any]) -> None:
+    stored.requires_grad, stored.is_parameter = more.get("requires_grad") is True, more.get("parameter") is True
 
 
 def dtype_named(name: str, key: str, *, in_pickle: bool = False) -> torch.dtype:

@@ -47,6 +47,8 @@ def clean_names(module: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     """The name without wrappers of each key of the module's state dict. All names are distinct."""
     keys = list(keys)
     prefixes = {raw: clean for raw, clean, _ in modules(module)}
+    if all(map(str.__eq__, prefixes.keys(), prefixes.values())):  # no wrapper anywhere
+        return {key: key for key in keys}
     names = {key: _clean(key, prefixes) for key in keys}
     if len(set(names.values())) < len(names):  # a state_dict of the user's own making
         return {key: key for key in keys}

@@ -119,7 +119,7 @@ def _load_settings(optimizer: Optimizer, groups: list[dict[str, Any]], orders: S
     _sort(groups, orders)
     state = optimizer.state
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
-    optimizer.__setstate__({"state": state, "param_groups": optimizer.param_groups})
+    optimizer.state = state
 
 
 def _sort(groups: list[dict[str, Any]], orders: Sequence[Sequence[int]]) -> None:

@@ -17,6 +17,13 @@ def items(tree: Tree) -> dict[Hashable, Tree] | None:
     """
     if not isinstance(tree, dict):
         return None
+    for key in tree:
+        if key[:1] == "$":
+            return _tagged_items(tree)
+    return dict(tree)
+
+
+def _tagged_items(tree: dict[str, Tree]) -> dict[Hashable, Tree] | None:
     if tree.keys() == {"$ordered"}:
         return items(tree["$ordered"])
     if tree.keys() == {"$defaultdict", "factory"}:
@@ -28,10 +35,7 @@ def items(tree: Tree) -> dict[Hashable, Tree] | None:
                 return plain
         keys = decode({"$dict": [[key, i] for i, (key, _) in enumerate(tree["$dict"])]})
         return {key: tree["$dict"][i][1] for key, i in keys.items()}
-    for key in tree:
-        if key[:1] == "$":
-            return None
-    return dict(tree)
+    return None
 
 
 def elements(tree: Tree) -> list[Tree] | None:
