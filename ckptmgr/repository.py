@@ -78,7 +78,7 @@ class Repository:
     def listing(self, last_attempt: int | None = None) -> Listing:
         """What is there now, to be read as far as it is asked for. `last_attempt` is the highest that a
         checkpoint can have, where the caller knows better than the records of the writer's lock."""
-        folders = [entry.key for entry in self.store.list() if entry.is_folder and entry.key[0] != "."]
+        folders = [key for key, _, _, is_folder in self.store.list() if is_folder and key[0] != "."]
         if self.store.path is None:  # a listing may lag behind, and what it lacks is the newest
             named = self.pointer()
             if named and named not in folders and re.fullmatch(FOLDER_NAME, named):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -18,6 +19,11 @@ _NO_NAMES = frozenset(("", ".", ".."))
 def is_key(key: str) -> bool:
     """Whether this is a relative path that can lead nowhere but below the root, on any system."""
     return not _FORBIDDEN.search(key) and _NO_NAMES.isdisjoint(key.split("/"))
+
+
+def are_names(names: Sequence[str]) -> bool:
+    """Whether each of these, which a folder holds, is a key by itself: asked in one look."""
+    return not _FORBIDDEN.search("/".join(names)) and _NO_NAMES.isdisjoint(names)
 
 
 def checked_key(key: str) -> str:

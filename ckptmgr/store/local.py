@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import repeat
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import AlreadyExistsError, ConfigError, NotFoundError
 from . import DRAFTS, Entry
-from .arguments import as_bytes, checked_folder, checked_key, is_key
+from .arguments import are_names, as_bytes, checked_folder, checked_key, is_key
 from .disk import NO_LINKS, TempFile, claim, edge, explain, open_file, sync_folder
 from .leftovers import is_temp, temp_name
 from .local_reader import LocalReader
@@ -140,7 +139,7 @@ class LocalStore:
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
         top = self._locate(f"{checked_folder(folder)}/")
         with edge("list", top):
-            return sorted(self._scan(top, f"{folder}/" if folder else "", recursive), key=attrgetter("key"))
+            return sorted(self._scan(top, f"{folder}/" if folder else "", recursive))  # by key: no two have the same
 
     def stat(self, key: str) -> Entry | None:
         name = checked_key(key.removesuffix("/"))
@@ -276,16 +275,19 @@ class LocalStore:
                 children = os.scandir(folder)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            folders = []
-            with children:
-                for child in children:
-                    if child.is_dir(follow_symlinks=False):
-                        folders.append(child.name)
-                    elif child.is_file(follow_symlinks=False) and is_key(child.name) and not is_temp(child.name):
-                        with suppress(FileNotFoundError):  # deleted since
-                            found = child.stat(follow_symlinks=False)
-                            yield Entry(prefix + child.name, found.st_size, found.st_mtime)
-            if not is_key("/".join(folders)):  # all are, in one look
+            others: list[os.DirEntry[str]] = []
+            with children:  # of which ten thousand may be folders: hence one expression, where `append` answers None
+                folders = [
+                    child.name
+                    for child in children
+                    if child.is_dir(follow_symlinks=False) or others.append(child)  # type: ignore[func-returns-value]
+                ]
+            for child in others:
+                if child.is_file(follow_symlinks=False) and is_key(child.name) and not is_temp(child.name):
+                    with suppress(FileNotFoundError):  # deleted since
+                        found = child.stat(follow_symlinks=False)
+                        yield Entry(prefix + child.name, found.st_size, found.st_mtime)
+            if not are_names(folders):
                 folders = [name for name in folders if is_key(name)]  # the others are nothing of ours
             if recursive:
                 left += [(folder / name, f"{prefix}{name}/") for name in folders]
