@@ -184,7 +184,9 @@ def test_a_place_begins_at_a_multiple_of_the_chunk_and_every_byte_is_written_onc
     assert events[-1] == ("commit", "a")
 
 
-def test_a_little_is_written_by_the_caller_alone_file_by_file() -> None:
+def test_a_little_is_written_by_the_caller_alone_and_committed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But no more files are open at a time than a process can have."""
+    monkeypatch.setattr(transfer, "_TOGETHER", 2)
     events: list[tuple[Any, ...]] = []
     threads = set()
 
@@ -193,7 +195,10 @@ def test_a_little_is_written_by_the_caller_alone_file_by_file() -> None:
         return Recorder(events, name, True)
 
     write_files({name: Lying(noise(5)) for name in "abc"}, open_writer)
-    assert [event[:2] for event in events] == [(do, name) for name in "abc" for do in ("open", "write_at", "commit")]
+    assert [event[:2] for event in events] == [
+        *(("open", "a"), ("write_at", "a"), ("open", "b"), ("write_at", "b"), ("commit", "a"), ("commit", "b")),
+        *(("open", "c"), ("write_at", "c"), ("commit", "c")),
+    ]
     assert threads == {threading.current_thread()}
 
 

@@ -130,6 +130,11 @@ class TempFile:
         """Close the file. Network file systems may report only here that it was not written."""
         self._open.close()
 
+    def move(self, target: Path) -> None:
+        """Give the file, which is closed, its own name: nothing is left to discard."""
+        self.path.replace(target)
+        self._discard.detach()
+
     def discard(self) -> None:
         """Close the file and remove what still has the temporary name. May be repeated; never raises."""
         self._discard()

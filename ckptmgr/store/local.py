@@ -206,7 +206,7 @@ class LocalStore:
             temp.sync()
         temp.close()
         if not create:
-            temp.path.replace(target)
+            temp.move(target)
             self._sync(target.parent)
             return
         claim(temp.path, target)
