@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .copies import gather, move
 from .memory import address
+from .moves import gather, move
 from .overlap import Mark
 from .staging import Region, dense_stride, is_dense, is_plain_host, is_special, like, raw
 from .state.snapshot import FlatSnapshot

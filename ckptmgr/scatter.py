@@ -17,10 +17,10 @@ from typing import cast
 
 import xxhash
 
-from .copies import move, move_small, spread
 from .errors import DamagedError, NotFoundError
 from .manifest import FileEntry, pieces
 from .memory import address, buffer, view
+from .moves import move, move_small, spread
 from .store import BLOCK, Reader
 from .transfer import HANDS, SMALL, Crew, Segment
 

@@ -19,10 +19,10 @@ import xxhash
 
 from . import errors
 from .coordinator.outcome import Failure
-from .copies import move, move_small
 from .errors import CheckpointError, CoordinationError, DamagedError, StoreError
 from .manifest import PIECE_SIZE
 from .memory import address, buffer
+from .moves import move, move_small
 from .transfer import Segment
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from .copies import move
 from .errors import DamagedError
 from .manifest import MANIFEST_NAME, PIECE_SIZE, FileEntry, Manifest, pieces
 from .memory import address, buffer
+from .moves import move
 from .ranged import RangedFile
 from .scatter import Wanted, damages, scatter
 from .store import Store

@@ -16,9 +16,9 @@ from typing import Protocol
 
 import torch
 
-from .copies import move
 from .errors import StateMismatchError
 from .memory import address
+from .moves import move
 from .state.snapshot import FlatSnapshot
 
 _BEGIN = itemgetter(0)

@@ -19,6 +19,7 @@ LAYERS = [
         "config",
         "coordinator",
         "memory",
+        "moves",
         "overlap",
         "program",
         "priority",

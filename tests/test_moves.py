@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptmgr.copies import gather, spread
 from ckptmgr.memory import address, buffer
+from ckptmgr.moves import gather, spread
 
 
 @given(st.lists(st.integers(0, 70), max_size=60), st.integers(0, 2**32))
@@ -68,8 +68,8 @@ program = struct.pack("HxxxxxxP", len(rules), ctypes.addressof(held))
 libc = ctypes.CDLL(None, use_errno=True)
 assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
 assert libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()  # PR_SET_SECCOMP
-from ckptmgr import copies, memory
-assert not copies._copied_by_system(copies._READ, memory.address(memory.buffer(99)), [1] * 99, [1] * 99)
+from ckptmgr import memory, moves
+assert not moves._copied_by_system(moves._READ, memory.address(memory.buffer(99)), [1] * 99, [1] * 99)
 """
 
 MANY_SMALL = """
