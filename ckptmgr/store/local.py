@@ -5,18 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import partial
-from itertools import repeat
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import AlreadyExistsError, ConfigError, NotFoundError
 from . import DRAFTS, Entry
-from .arguments import are_names, as_bytes, checked_folder, checked_key, is_key
+from .arguments import as_bytes, checked_folder, checked_key
 from .disk import NO_LINKS, TempFile, claim, edge, explain, open_file, sync_folder
-from .leftovers import is_temp, temp_name
+from .folder_scan import scan
+from .leftovers import temp_name
 from .local_reader import LocalReader
 from .local_writer import LocalWriter
 from .mounts import can_rename_folders
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _DISK_TROUBLE = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _NO_LINK_HERE = NO_LINKS | {errno.EXDEV, errno.EMLINK}
-_as_entry: Callable[[tuple[object, ...]], Entry] = partial(tuple.__new__, Entry)  # as `Entry`, in a third of the time
 
 
 def local_path(url: str | Path) -> Path | None:
@@ -139,7 +138,7 @@ class LocalStore:
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
         top = self._locate(f"{checked_folder(folder)}/")
         with edge("list", top):
-            return sorted(self._scan(top, f"{folder}/" if folder else "", recursive))  # by key: no two have the same
+            return sorted(scan(top, f"{folder}/" if folder else "", recursive), key=itemgetter(0))
 
     def stat(self, key: str) -> Entry | None:
         name = checked_key(key.removesuffix("/"))
@@ -266,36 +265,6 @@ class LocalStore:
     def _sync(self, folder: Path) -> None:
         if self._fsync and self._drafts not in folder.parents:  # what is below a draft, its rename makes durable
             sync_folder(folder)
-
-    def _scan(self, folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
-        left = [(folder, prefix)]  # a folder can be deeper than Python calls
-        while left:
-            folder, prefix = left.pop()
-            try:
-                children = os.scandir(folder)
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            others: list[os.DirEntry[str]] = []
-            with children:  # of which ten thousand may be folders: hence one expression, where `append` answers None
-                folders = [
-                    child.name
-                    for child in children
-                    if child.is_dir(follow_symlinks=False) or others.append(child)  # type: ignore[func-returns-value]
-                ]
-            for child in others:
-                if child.is_file(follow_symlinks=False) and is_key(child.name) and not is_temp(child.name):
-                    with suppress(FileNotFoundError):  # deleted since
-                        found = child.stat(follow_symlinks=False)
-                        yield Entry(prefix + child.name, found.st_size, found.st_mtime)
-            if not are_names(folders):
-                folders = [name for name in folders if is_key(name)]  # the others are nothing of ours
-            if recursive:
-                left += [(folder / name, f"{prefix}{name}/") for name in folders]
-            else:
-                # There may be ten thousand, and entries take longer to sort than names, and to make one by one.
-                folders.sort()
-                keys = [prefix + name for name in folders] if prefix else folders
-                yield from map(_as_entry, zip(keys, repeat(0), repeat(None), repeat(True), strict=False))
 
     def _prune(self, folder: Path) -> Path:
         """Remove empty folders upwards, but never the root; the first folder that stays."""

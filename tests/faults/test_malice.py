@@ -248,11 +248,11 @@ def test_the_check_fails_when_links_are_followed(sound, tmp_path, monkeypatch):
     """A planted bug."""
     monkeypatch.setattr(local, "open_file", _followed)
     attack = attack_named("record_that_is_no_file damaged link")
-    monkeypatch.setattr(LocalStore, "_scan", _scan_links)
+    monkeypatch.setattr(local, "scan", _scan_links)
     assert any("secret" in crime for crime in crimes_of(attack, [WAYS_IN[0]], sound["safetensors"], tmp_path))
 
 
-def _scan_links(store: LocalStore, folder: Path, prefix: str, recursive: bool) -> Any:
+def _scan_links(folder: Path, prefix: str, recursive: bool) -> Any:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         yield Entry(prefix + path.name, path.stat().st_size, None, path.is_dir())
 

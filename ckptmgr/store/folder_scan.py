@@ -1,0 +1,49 @@
+"""What is in a folder of a disk? Its files and folders, of which there may be ten thousand; never a link."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+
+from . import Entry
+from .arguments import are_names, is_key
+from .leftovers import is_temp
+
+_as_entry: Callable[[tuple[object, ...]], Entry] = partial(tuple.__new__, Entry)  # as `Entry`, in a third of the time
+
+
+def scan(folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
+    """Entries whose keys begin with `prefix`, in any order; none where the folder is not there. With `recursive`
+    the files of all folders below it, too, and no folder."""
+    left = [(folder, prefix)]  # a folder can be deeper than Python calls
+    while left:
+        folder, prefix = left.pop()
+        try:
+            children = os.scandir(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        others: list[os.DirEntry[str]] = []
+        with children:  # of which ten thousand may be folders: hence one expression, where `append` answers None
+            folders = [
+                child.name
+                for child in children
+                if child.is_dir(follow_symlinks=False) or others.append(child)  # type: ignore[func-returns-value]
+            ]
+        for child in others:
+            if child.is_file(follow_symlinks=False) and is_key(child.name) and not is_temp(child.name):
+                with suppress(FileNotFoundError):  # deleted since
+                    found = child.stat(follow_symlinks=False)
+                    yield Entry(prefix + child.name, found.st_size, found.st_mtime)
+        if not are_names(folders):
+            folders = [name for name in folders if is_key(name)]  # the others are nothing of ours
+        if recursive:
+            left += [(folder / name, f"{prefix}{name}/") for name in folders]
+        else:
+            # There may be ten thousand, and entries take longer to sort than names, and to make one by one.
+            folders.sort()
+            keys = [prefix + name for name in folders] if prefix else folders
+            yield from map(_as_entry, zip(keys, repeat(0), repeat(None), repeat(True), strict=False))
