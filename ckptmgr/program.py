@@ -65,9 +65,7 @@ class Program:
     def copy_small(self, flat: FlatSnapshot) -> None:
         """Tensors that are many, and those that no plain copy will do for."""
         known = flat.pointers
-        places = self._pick(flat.tensors) if known is None else self._pick(known)
-        if known is None:
-            places = list(map(torch.Tensor.data_ptr, places))
+        places = list(map(torch.Tensor.data_ptr, self._pick(flat.tensors))) if known is None else self._pick(known)
         for begin, first, last in self._runs:
             gather(begin, places[first:last], self._sizes[first:last])
         with torch.no_grad():

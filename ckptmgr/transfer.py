@@ -131,7 +131,8 @@ def write_files(bodies: Mapping[str, Body], open_writer: Callable[[str, int], Wr
     """
     files = [_File(name, body) for name, body in bodies.items()]
     try:
-        (_write_many if sum(file.body.size for file in files) >= SMALL else _write_few)(files, open_writer)
+        write = _write_many if sum(file.body.size for file in files) >= SMALL else _write_few
+        write(files, open_writer)
     finally:
         for file in files:
             file.abort()
@@ -140,12 +141,12 @@ def write_files(bodies: Mapping[str, Body], open_writer: Callable[[str, int], Wr
 
 def _write_few(files: list[_File], open_writer: Callable[[str, int], Writer]) -> None:
     """Few bytes, in this thread. Files are committed together: a disk takes several in less time than one by one."""
-    scratch = buffer(min(CHUNK, max((file.body.size for file in files), default=0)))
+    crew, scratch = Crew(), buffer(min(CHUNK, max((file.body.size for file in files), default=0)))
     for first in range(0, len(files), _TOGETHER):
         group = files[first : first + _TOGETHER]
         for file in group:
             file.open(open_writer)
-            file.write(range(file.count), scratch, Crew())
+            file.write(range(file.count), scratch, crew)
         for file in group:
             file.commit()
 

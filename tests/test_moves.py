@@ -6,6 +6,7 @@ import platform
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -88,7 +89,7 @@ assert all(map(torch.equal, model, copy))
 @pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"), reason="forbids calls of Linux"
 )
-def test_where_the_call_is_forbidden_many_small_tensors_are_saved_and_resumed(tmp_path: str) -> None:
+def test_where_the_call_is_forbidden_many_small_tensors_are_saved_and_resumed(tmp_path: Path) -> None:
     script = f"MACHINE = {platform.machine()!r}\n{FORBID}\n{MANY_SMALL}"
     ran = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

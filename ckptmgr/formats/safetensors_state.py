@@ -105,7 +105,7 @@ class SafetensorsState:
 def _stored_tensors(rows: Sequence[Any], files: Mapping[str, FileEntry]) -> list[StoredTensor]:
     """The tensors of the table. Raises `FormatVersionError`, and `DamagedError` or another error for
     rows that can't be true."""
-    if not {type(size) for row in rows for size in row[3]} <= {int}:  # here, as below 1, True and 1.0 are the same
+    if not {type(size) for row in rows for size in row[3]} <= {int}:  # as keys, below, 1, True and 1.0 are the same
         raise DamagedError(f"{STATE_NAME}: a tensor has a size that is no whole number")
     kinds: dict[tuple[Any, ...], tuple[tuple[int, ...], torch.dtype, int]] = {}
     file_sizes = {name: file.size for name, file in files.items() if name != SPECIAL_NAME}

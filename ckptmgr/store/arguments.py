@@ -18,7 +18,7 @@ _NO_NAMES = frozenset(("", ".", ".."))
 
 def is_key(key: str) -> bool:
     """Whether this is a relative path that can lead nowhere but below the root, on any system."""
-    return not _FORBIDDEN.search(key) and _NO_NAMES.isdisjoint(key.split("/"))
+    return are_names(key.split("/"))
 
 
 def are_names(names: Sequence[str]) -> bool:
