@@ -163,16 +163,26 @@ def test_dtypes_that_readers_may_not_know_are_written_as_ones_they_do(tmp_path: 
 
 
 def test_every_tensor_begins_at_a_multiple_of_its_element() -> None:
-    """The header ends at a multiple of 8 bytes and wide elements come first, with no hole between."""
+    """The header ends at a multiple of 64 bytes and odd sizes come last, with no hole between."""
     files = written(SAFETENSORS, CASES["every dtype"]())
     data = files.data["model.safetensors"]
     end = 8 + int.from_bytes(data[:8], "little")
-    assert end % 8 == 0
+    assert end % 64 == 0
     for _, _, dtype, _, begin, stop, _ in sorted(json.loads(files.data["state.json"])["tensors"], key=lambda r: r[4]):
         width = getattr(torch, dtype).itemsize
         assert (begin, begin % (width if not dtype.startswith("complex") else width // 2)) == (end, 0)
         end = stop
     assert end == len(data)
+
+
+def test_tensors_of_whole_cache_lines_begin_at_one_whatever_lies_between() -> None:
+    """An optimizer's steps, 4 bytes each among large averages, do not shift what comes after them."""
+    sizes = {"step": 1, "large": 16, "none": 0, "bytes": 3, "larger": 160, "half a line": 8, "last": 32}
+    tree = {name: torch.zeros(size) for name, size in sizes.items()} | {"bytes": torch.zeros(3, dtype=torch.uint8)}
+    files = written(SAFETENSORS, Snapshot({"optimizer": tree}))
+    rows = sorted(json.loads(files.data["state.json"])["tensors"], key=lambda row: (row[4], row[5]))
+    assert [row[1] for row in rows if row[4] != row[5]] == ["large", "larger", "last", "half a line", "step", "bytes"]
+    assert all(row[4] % 64 == 0 for row in rows if (row[5] - row[4]) % 64 == 0)
 
 
 def test_state_json_locates_every_byte() -> None:
@@ -254,9 +264,9 @@ def forge(row: list[Any]) -> MemoryFiles:
 
 def test_an_unforged_row_opens() -> None:
     """The rows of the next test are wrong in one thing only; strides may be large where there is no second step."""
-    SAFETENSORS.open(forge(["m.safetensors", "m", "float32", [2, 3], 96, 120, {"stride": [1, 2]}]))
+    SAFETENSORS.open(forge(["m.safetensors", "m", "float32", [2, 3], 128, 152, {"stride": [1, 2]}]))
     large = {"stride": [2**40, 2**40, 1, 2]}
-    back = fetch_all(SAFETENSORS.open(forge(["m.safetensors", "m", "float32", [1, 1, 2, 3], 96, 120, large])))
+    back = fetch_all(SAFETENSORS.open(forge(["m.safetensors", "m", "float32", [1, 1, 2, 3], 128, 152, large])))
     assert back["m"].tolist() == [[[[0, 1, 2], [3, 4, 5]]]]
 
 
@@ -265,28 +275,28 @@ def test_an_unforged_row_opens() -> None:
     [
         [],
         "row",
-        ["m.safetensors", "m", "float32", [2, 3], 96, 120],
-        ["x.safetensors", "m", "float32", [2, 3], 96, 120, {}],
-        [["m.safetensors"], "m", "float32", [2, 3], 96, 120, {}],
-        ["m.safetensors", "m", "float32", [2, 4], 96, 120, {}],
-        ["m.safetensors", "m", "float32", [-2, -3], 96, 120, {}],
-        ["m.safetensors", "m", "float32", [2, 3.0], 96, 120, {}],
-        ["m.safetensors", "m", "float32", [2, True], 96, 120, {}],
-        ["m.safetensors", "m", "float32", "23", 96, 120, {}],
-        ["m.safetensors", "m", "float32", 6, 96, 120, {}],
-        ["m.safetensors", "m", "float32", [2, 3], 100, 124, {}],
+        ["m.safetensors", "m", "float32", [2, 3], 128, 152],
+        ["x.safetensors", "m", "float32", [2, 3], 128, 152, {}],
+        [["m.safetensors"], "m", "float32", [2, 3], 128, 152, {}],
+        ["m.safetensors", "m", "float32", [2, 4], 128, 152, {}],
+        ["m.safetensors", "m", "float32", [-2, -3], 128, 152, {}],
+        ["m.safetensors", "m", "float32", [2, 3.0], 128, 152, {}],
+        ["m.safetensors", "m", "float32", [2, True], 128, 152, {}],
+        ["m.safetensors", "m", "float32", "23", 128, 152, {}],
+        ["m.safetensors", "m", "float32", 6, 128, 152, {}],
+        ["m.safetensors", "m", "float32", [2, 3], 132, 156, {}],
         ["m.safetensors", "m", "float32", [2, 3], 0, 24, {}],
         ["m.safetensors", "m", "float32", [2, 3], -24, 0, {}],
-        ["m.safetensors", "m", "float32", [2, 3], 96.0, 120.0, {}],
-        ["m.safetensors", "m", "float32", [2, 3], "96", "120", {}],
-        ["m.safetensors", "m", "float32", [2**62, 2**62], 96, 96, {}],
-        ["m.safetensors", "m", "float32", [0, 2**62], 96, 96, {}],
-        ["m.safetensors", "m", "float32", [0] * 65, 96, 96, {}],
-        ["m.safetensors", "m", "float32", [2, 3], 96, 120, None],
-        ["m.safetensors", "m", "float32", [2, 3], 96, 120, {"stride": [2, 2]}],
-        ["m.safetensors", "m", "float32", [2, 3], 96, 120, {"stride": [1]}],
-        ["m.safetensors", "m", "float32", [2, 3], 96, 120, {"stride": 1}],
-        ["m.safetensors", "m", "float32", [2, 3], 96, 120, {"stride": [-1, 2]}],
+        ["m.safetensors", "m", "float32", [2, 3], 128.0, 152.0, {}],
+        ["m.safetensors", "m", "float32", [2, 3], "128", "152", {}],
+        ["m.safetensors", "m", "float32", [2**62, 2**62], 128, 128, {}],
+        ["m.safetensors", "m", "float32", [0, 2**62], 128, 128, {}],
+        ["m.safetensors", "m", "float32", [0] * 65, 128, 128, {}],
+        ["m.safetensors", "m", "float32", [2, 3], 128, 152, None],
+        ["m.safetensors", "m", "float32", [2, 3], 128, 152, {"stride": [2, 2]}],
+        ["m.safetensors", "m", "float32", [2, 3], 128, 152, {"stride": [1]}],
+        ["m.safetensors", "m", "float32", [2, 3], 128, 152, {"stride": 1}],
+        ["m.safetensors", "m", "float32", [2, 3], 128, 152, {"stride": [-1, 2]}],
     ],
 )
 def test_a_row_that_can_not_be_true_is_damage(row: Any) -> None:

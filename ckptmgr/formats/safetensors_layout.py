@@ -1,7 +1,7 @@
 """Where does each tensor lie in a safetensors file? Headers written and read.
 
-A file is the header's length (8 bytes, little endian), the header (JSON, padded with spaces to a
-multiple of 8 bytes) and the tensors without holes. Offsets here are positions in the file.
+A file is the header's length (8 bytes, little endian), the header (JSON, padded with spaces) and the
+tensors without holes. Offsets here are positions in the file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from ..errors import DamagedError
 
 MAX_HEADER_SIZE = 100_000_000  # bytes; what the official library accepts
+_ALIGNMENT = 64  # bytes; a cache line, and where torch puts a tensor in memory
 _MAX_BYTES = 1 << 62
 _METADATA = "__metadata__"
 
@@ -110,17 +111,18 @@ def portable(dtype: torch.dtype, shape: Sequence[int]) -> tuple[str, tuple[int, 
 def lay_out(tensors: Sequence[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None) -> Layout:
     """Place tensors given as (key, code, header shape, size in bytes); keys are distinct.
 
-    Wide dtypes come first, so that every tensor is aligned to its elements; equal ones keep the
-    order given.
+    A tensor begins at a multiple of 64 bytes, so that it is copied whole cache lines at a time: those of odd
+    sizes come last, and of them those first that are multiples of more, which aligns each to its elements. Equal
+    ones keep the order given.
     """
     header: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
     offset, spans = 0, []
-    for key, code, shape, size in sorted(tensors, key=lambda tensor: -_width(tensor[1])):
+    for key, code, shape, size in sorted(tensors, key=lambda tensor: -_alignment(tensor[3])):
         header[key] = {"dtype": code, "shape": shape, "data_offsets": (offset, offset + size)}
         spans.append((key, code, shape, offset, offset + size))
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     start = 8 + len(text)
     placed = tuple(Placed(key, code, shape, start + begin, start + end) for key, code, shape, begin, end in spans)
     return Layout(len(text).to_bytes(8, "little") + text, placed)
@@ -192,5 +194,6 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _width(code: str) -> int:
-    return _DTYPES[code].itemsize
+def _alignment(size: int) -> int:
+    """The largest power of two, up to what matters, of which a size in bytes is a multiple."""
+    return (size | _ALIGNMENT) & -(size | _ALIGNMENT)
