@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import sub
 from typing import cast
@@ -22,8 +21,9 @@ from .manifest import FileEntry, pieces
 from .memory import address, buffer, view
 from .moves import move, move_small, spread
 from .store import BLOCK, Reader
-from .transfer import HANDS, SMALL, Crew, Segment
+from .transfer import SMALL, Crew, Segment
 
+_LOCAL = 3  # threads; a disk is kept busy while one of them copies and hashes
 _REMOTE = 8  # threads
 _REQUEST = 8 << 20  # bytes asked of a network at a time
 _LARGE = 256 << 10  # bytes; a segment from here on is worth a read of its own, and a copy that lets others run
@@ -90,7 +90,7 @@ def _read(files: list[_File], is_remote: bool, on_damage: Callable[[_Task, Damag
 
     try:
         if tasks:
-            crew.run(work, min(len(tasks), _REMOTE if is_remote else HANDS if sum(sizes) >= SMALL else 1))
+            crew.run(work, min(len(tasks), _REMOTE if is_remote else _LOCAL if sum(sizes) >= SMALL else 1))
     finally:
         for file in files:
             file.close()
@@ -193,25 +193,25 @@ class _File:
         return [_Task(self, number, run, begin, end) for number, (run, begin, end) in enumerate(cut)]
 
     def is_cached(self, begin: int, end: int) -> bool:
-        with self._missing_is_damage():
-            return self._opened().is_cached(begin, end)
+        return (self._reader or self._opened()).is_cached(begin, end)
 
     def read(self, begin: int, buffers: list[memoryview]) -> int:
-        with self._missing_is_damage():
-            return self._opened().read_into(begin, buffers)
-
-    @contextmanager
-    def _missing_is_damage(self) -> Iterator[None]:
         try:
-            yield
+            return (self._reader or self._opened()).read_into(begin, buffers)
         except NotFoundError as exc:
-            raise DamagedError(f"{self._url} is missing") from exc
+            raise self._missing() from exc
 
     def _opened(self) -> Reader:
         with self._lock:
             if self._reader is None:
-                self._reader = self._open()
+                try:
+                    self._reader = self._open()
+                except NotFoundError as exc:
+                    raise self._missing() from exc
             return self._reader
+
+    def _missing(self) -> DamagedError:
+        return DamagedError(f"{self._url} is missing")
 
     def end(self, task: _Task) -> None:
         """The task is done: the next one has its turn, after the last one the file is closed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import xxhash
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 CHUNK = 4 << 20  # bytes moved at a time
-HANDS = 3  # threads; a disk is kept busy while some of them copy and hash
+_WRITES = 3  # at a time; they keep a disk busy
+_HANDS = _WRITES + 1  # threads, of which one has the next chunk ready. Else all would write, and all gather, together
 SMALL = 8 << 20  # bytes; so few are moved before a thread has begun
 _TOGETHER = 16  # small files that are open at a time
 _START_S = 1.0  # seconds; a thread has begun by then
@@ -146,7 +147,7 @@ def _write_few(files: list[_File], open_writer: Callable[[str, int], Writer]) ->
         group = files[first : first + _TOGETHER]
         for file in group:
             file.open(open_writer)
-            file.write(range(file.count), scratch, crew)
+            file.write(range(file.count), scratch, crew, nullcontext())
         for file in group:
             file.commit()
 
@@ -155,7 +156,7 @@ def _write_many(files: list[_File], open_writer: Callable[[str, int], Writer]) -
     """Many bytes, in several threads, each file committed by whoever wrote its last piece."""
     crew = Crew()
     tasks = _tasks(files, open_writer)
-    in_order = threading.Lock()
+    in_order, writing = threading.Lock(), threading.Semaphore(_WRITES)
 
     def work() -> None:
         scratch = buffer(CHUNK)
@@ -166,10 +167,10 @@ def _write_many(files: list[_File], open_writer: Callable[[str, int], Writer]) -
                 return
             file, indices = task
             with nullcontext() if file.is_positional else in_order:
-                if file.write(indices, scratch, crew):
+                if file.write(indices, scratch, crew, writing):
                     file.commit()
 
-    crew.run(work, HANDS)
+    crew.run(work, _HANDS)
 
 
 def digests(body: Body) -> tuple[str, tuple[str, ...]]:
@@ -221,12 +222,11 @@ class _File:
         self.writer = open_writer(self.name, self.body.size)
         self.is_positional = self.writer.is_positional
 
-    def write(self, indices: range, scratch: memoryview, crew: Crew) -> bool:
-        """Write these pieces, and say whether they were the last ones: then the file is to be committed."""
-        writer = self.writer
-        assert writer is not None
+    def write(self, indices: range, scratch: memoryview, crew: Crew, turn: AbstractContextManager[object]) -> bool:
+        """Write these pieces, each chunk in a turn, and say whether they were the last ones: then the file is to be
+        committed."""
         for index in indices:
-            self._digests[index] = self._write_piece(writer, *self._pieces[index], scratch, crew)
+            self._digests[index] = self._write_piece(*self._pieces[index], scratch, crew, turn)
         with crew.changed:
             self._left -= len(indices)
             return not self._left
@@ -236,16 +236,20 @@ class _File:
         self.writer.commit()
         self.writer = None
 
-    def _write_piece(self, writer: Writer, start: int, stop: int, scratch: memoryview, crew: Crew) -> bytes:
+    def _write_piece(
+        self, start: int, stop: int, scratch: memoryview, crew: Crew, turn: AbstractContextManager[object]
+    ) -> bytes:
+        assert self.writer is not None
         piece_digest = xxhash.xxh3_128()
         for begin in range(start, stop, CHUNK):
             crew.check()
             end = min(begin + CHUNK, stop)
             data = self._hashed(begin, end, scratch, piece_digest)
-            if self.is_positional:
-                writer.write_at(begin, data)
-            else:
-                writer.write(data)
+            with turn:
+                if self.is_positional:
+                    self.writer.write_at(begin, data)
+                else:
+                    self.writer.write(data)
         return piece_digest.digest()
 
     def _hashed(self, begin: int, end: int, scratch: memoryview, piece_digest: xxhash.xxh3_128) -> memoryview:
