@@ -60,7 +60,13 @@ def address(view: memoryview) -> int:
 
 def view(begin: int, size: int) -> memoryview:
     """The `size` bytes from an address on. The caller keeps their owner alive meanwhile."""
-    return memoryview((ctypes.c_char * size).from_address(begin)).cast("B") if size else memoryview(b"")
+    return _view(begin, size, _WRITABLE) if size else memoryview(b"")
+
+
+# A ctypes array of each size would be a class of its own, which takes ten times as long to make.
+_view = ctypes.pythonapi.PyMemoryView_FromMemory
+_view.restype, _view.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_WRITABLE = 0x200  # PyBUF_WRITE
 
 
 @contextlib.contextmanager
