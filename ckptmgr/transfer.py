@@ -21,13 +21,12 @@ from .store import Writer
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-CHUNK = 4 << 20  # bytes moved at a time
+CHUNK = 4 << 20  # bytes moved at a time; they stay in the processor's cache from one use to the next
 _WRITES = 3  # at a time; they keep a disk busy
 _HANDS = _WRITES + 1  # threads, of which one has the next chunk ready. Else all would write, and all gather, together
 SMALL = 8 << 20  # bytes; so few are moved before a thread has begun
 _TOGETHER = 16  # small files that are open at a time
 _START_S = 1.0  # seconds; a thread has begun by then
-_CACHED = 512 << 10  # bytes; they stay in a processor core's own cache from one use to the next
 
 
 class Body(Protocol):
@@ -244,24 +243,14 @@ class _File:
         for begin in range(start, stop, CHUNK):
             crew.check()
             end = min(begin + CHUNK, stop)
-            data = self._hashed(begin, end, scratch, piece_digest)
+            data = self._part(begin, end, scratch)
+            piece_digest.update(data)
             with turn:
                 if self.is_positional:
                     self.writer.write_at(begin, data)
                 else:
                     self.writer.write(data)
         return piece_digest.digest()
-
-    def _hashed(self, begin: int, end: int, scratch: memoryview, piece_digest: xxhash.xxh3_128) -> memoryview:
-        """The bytes [begin, end). What is gathered is hashed while it is in the processor's own cache."""
-        for at in range(begin, end, _CACHED):
-            data = self._part(at, min(at + _CACHED, end), scratch[at - begin :])
-            if data.obj is not scratch.obj:  # it lies somewhere already
-                data = self._part(begin, end, scratch)
-                piece_digest.update(data[at - begin :])
-                return data
-            piece_digest.update(data)
-        return scratch[: end - begin]
 
     def _part(self, begin: int, end: int, scratch: memoryview) -> memoryview:
         data = self.body.part(begin, end, scratch)

@@ -37,7 +37,6 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
         (transfer, "CHUNK", CHUNK),
         (transfer, "SMALL", 2 * CHUNK),
-        (transfer, "_CACHED", BLOCK),
         (scatter, "SMALL", 2 * CHUNK),
         (scatter, "_REQUEST", CHUNK),
         (scatter, "_STEP", CHUNK),
