@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import gc
+import itertools
 import os
 import random
 import subprocess
@@ -171,6 +172,30 @@ def test_a_second_file_waits_until_the_first_is_complete_where_bytes_go_in_order
 
     write_files({name: Lying(noise(2 * PIECE)) for name in "ab"}, open_writer)
     assert second["written"].is_set()
+
+
+def test_while_three_chunks_are_written_a_fourth_is_made_ready() -> None:
+    """One thread gathers beside those that write, so that they do not all gather at a time while the disk waits."""
+    fourth = {"gathered": threading.Event(), "written": threading.Event()}
+    gathered, begun, three = itertools.count(1), itertools.count(1), threading.Barrier(3, timeout=10)
+
+    class Counted(Gathered):
+        def part(self, begin: int, end: int, scratch: memoryview) -> memoryview:
+            if next(gathered) == 4:
+                fourth["gathered"].set()
+            return super().part(begin, end, scratch)
+
+    class Slow(Recorder):
+        def write_at(self, offset: int, data: memoryview) -> None:
+            if next(begun) < 4:
+                assert fourth["gathered"].wait(30)
+                assert three.wait() or not fourth["written"].wait(0.02)
+                three.wait()
+            else:
+                fourth["written"].set()
+
+    write_files({f"f{number}": Counted(noise(CHUNK)) for number in range(8)}, lambda name, _: Slow([], name, True))
+    assert fourth["written"].is_set()
 
 
 def test_a_place_begins_at_a_multiple_of_the_chunk_and_every_byte_is_written_once() -> None:

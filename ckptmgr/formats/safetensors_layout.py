@@ -111,9 +111,9 @@ def portable(dtype: torch.dtype, shape: Sequence[int]) -> tuple[str, tuple[int, 
 def lay_out(tensors: Sequence[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None) -> Layout:
     """Place tensors given as (key, code, header shape, size in bytes); keys are distinct.
 
-    A tensor begins at a multiple of 64 bytes, so that it is copied whole cache lines at a time: those of odd
-    sizes come last, and of them those first that are multiples of more, which aligns each to its elements. Equal
-    ones keep the order given.
+    Sizes that are multiples of 64 bytes come first, so that each of these tensors begins at one, too, and is copied
+    whole cache lines at a time; then multiples of 32, of 16 and so on, which aligns every tensor to its elements.
+    Equal ones keep the order given.
     """
     header: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
     offset, spans = 0, []
