@@ -193,11 +193,11 @@ class _File:
         return [_Task(self, number, run, begin, end) for number, (run, begin, end) in enumerate(cut)]
 
     def is_cached(self, begin: int, end: int) -> bool:
-        return (self._reader or self._opened()).is_cached(begin, end)
+        return self._opened().is_cached(begin, end)
 
     def read(self, begin: int, buffers: list[memoryview]) -> int:
         try:
-            return (self._reader or self._opened()).read_into(begin, buffers)
+            return self._opened().read_into(begin, buffers)
         except NotFoundError as exc:
             raise self._missing() from exc
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import xxhash
@@ -129,7 +129,8 @@ def write_files(bodies: Mapping[str, Body], open_writer: Callable[[str, int], Wr
     `open_writer` is given a name and a size in bytes. When anything fails, every file that is not
     complete is aborted, and the first error is raised.
     """
-    files = [_File(name, body) for name, body in bodies.items()]
+    writing = threading.Semaphore(_WRITES)
+    files = [_File(name, body, writing) for name, body in bodies.items()]
     try:
         write = _write_many if sum(file.body.size for file in files) >= SMALL else _write_few
         write(files, open_writer)
@@ -146,7 +147,7 @@ def _write_few(files: list[_File], open_writer: Callable[[str, int], Writer]) ->
         group = files[first : first + _TOGETHER]
         for file in group:
             file.open(open_writer)
-            file.write(range(file.count), scratch, crew, nullcontext())
+            file.write(range(file.count), scratch, crew)
         for file in group:
             file.commit()
 
@@ -155,7 +156,7 @@ def _write_many(files: list[_File], open_writer: Callable[[str, int], Writer]) -
     """Many bytes, in several threads, each file committed by whoever wrote its last piece."""
     crew = Crew()
     tasks = _tasks(files, open_writer)
-    in_order, writing = threading.Lock(), threading.Semaphore(_WRITES)
+    in_order = threading.Lock()
 
     def work() -> None:
         scratch = buffer(CHUNK)
@@ -166,7 +167,7 @@ def _write_many(files: list[_File], open_writer: Callable[[str, int], Writer]) -
                 return
             file, indices = task
             with nullcontext() if file.is_positional else in_order:
-                if file.write(indices, scratch, crew, writing):
+                if file.write(indices, scratch, crew):
                     file.commit()
 
     crew.run(work, _HANDS)
@@ -203,12 +204,13 @@ def _tasks(files: list[_File], open_writer: Callable[[str, int], Writer]) -> Ite
 
 
 class _File:
-    """A file on its way out."""
+    """A file on its way out; each chunk is written in a turn of `writing`, which the files share."""
 
-    def __init__(self, name: str, body: Body) -> None:
+    def __init__(self, name: str, body: Body, writing: threading.Semaphore) -> None:
         self.name, self.body = name, body
         self.writer: Writer | None = None
         self.is_positional = False
+        self._writing = writing
         self._pieces = pieces(body.size)
         self._digests = [b""] * len(self._pieces)
         self._left = len(self._pieces)
@@ -221,11 +223,12 @@ class _File:
         self.writer = open_writer(self.name, self.body.size)
         self.is_positional = self.writer.is_positional
 
-    def write(self, indices: range, scratch: memoryview, crew: Crew, turn: AbstractContextManager[object]) -> bool:
-        """Write these pieces, each chunk in a turn, and say whether they were the last ones: then the file is to be
-        committed."""
+    def write(self, indices: range, scratch: memoryview, crew: Crew) -> bool:
+        """Write these pieces, and say whether they were the last ones: then the file is to be committed."""
+        writer = self.writer
+        assert writer is not None
         for index in indices:
-            self._digests[index] = self._write_piece(*self._pieces[index], scratch, crew, turn)
+            self._digests[index] = self._write_piece(writer, *self._pieces[index], scratch, crew)
         with crew.changed:
             self._left -= len(indices)
             return not self._left
@@ -235,21 +238,18 @@ class _File:
         self.writer.commit()
         self.writer = None
 
-    def _write_piece(
-        self, start: int, stop: int, scratch: memoryview, crew: Crew, turn: AbstractContextManager[object]
-    ) -> bytes:
-        assert self.writer is not None
+    def _write_piece(self, writer: Writer, start: int, stop: int, scratch: memoryview, crew: Crew) -> bytes:
         piece_digest = xxhash.xxh3_128()
         for begin in range(start, stop, CHUNK):
             crew.check()
             end = min(begin + CHUNK, stop)
             data = self._part(begin, end, scratch)
             piece_digest.update(data)
-            with turn:
+            with self._writing:
                 if self.is_positional:
-                    self.writer.write_at(begin, data)
+                    writer.write_at(begin, data)
                 else:
-                    self.writer.write(data)
+                    writer.write(data)
         return piece_digest.digest()
 
     def _part(self, begin: int, end: int, scratch: memoryview) -> memoryview:
