@@ -45,10 +45,12 @@ class Schedule:
 
     def is_quiet(self, step: int, epoch: int | None) -> bool:
         """Whether no save can be due and nothing else needs attention: the loop's fast path."""
-        return (
-            self.last_step <= step < self.alert.quiet_step
-            and (epoch is None or epoch < self._quiet_epoch)
-            and (self._quiet_time is None or self._clock() < self._quiet_time)
+        return self.last_step <= step < self.alert.quiet_step and (
+            self._is_by_step
+            or (
+                (epoch is None or epoch < self._quiet_epoch)
+                and (self._quiet_time is None or self._clock() < self._quiet_time)
+            )
         )
 
     def decide(self, step: int, epoch: int | None, metrics: Mapping[str, float]) -> Decision:
@@ -119,6 +121,7 @@ class Schedule:
         now = Moment(self.last_step, self._last_epoch, last_step=self.last_step, last_epoch=self._last_epoch)
         horizon: Horizon = self._rule.horizon(now)
         self._quiet_step, self._quiet_epoch = horizon.step, horizon.epoch
-        # Without a rule that asks for the time, the clock need not be looked at.
+        # Without a rule that asks for the time, the clock need not be looked at; often steps alone count.
         self._quiet_time = None if horizon.elapsed == math.inf else self._last_time + horizon.elapsed
+        self._is_by_step = self._quiet_time is None and horizon.epoch == math.inf
         self.alert.quiet_step = self._quiet_step
