@@ -172,7 +172,7 @@ def _open_raw(store: Store, key: str) -> tuple[io.RawIOBase, int]:
 def _reader(store: Store, key: str, opened: io.RawIOBase) -> Reader:
     if store.path is None:
         return store.reader(key)
-    return LocalReader(os.dup(opened.fileno()), (store.path / key).resolve())  # whatever has the name by now
+    return LocalReader(os.dup(opened.fileno()), str((store.path / key).resolve()))  # whatever has the name by now
 
 
 def _open_local(path: Path) -> tuple[io.RawIOBase, int]:

@@ -165,14 +165,32 @@ def test_a_drafts_names_are_made_durable_once_before_it_is_renamed(store: LocalS
     for key in ("a", "b/c"):
         store.put(f"{DRAFTS}/x/{key}", b"1")
     x = f"root/{DRAFTS}/x"
-    bytes_only = [f"mkdir {x}", f"fsync {x}/TEMP", f"replace {x}/TEMP {x}/a"]
-    assert calls == [*bytes_only, f"mkdir {x}/b", f"fsync {x}/b/TEMP", f"replace {x}/b/TEMP {x}/b/c"]
+    assert calls == [f"mkdir {x}", f"fsync {x}/a", f"mkdir {x}/b", f"fsync {x}/b/c"]
     calls.clear()
     store.rename(f"{DRAFTS}/x", "step-1")
     assert calls == [f"fsync {x}/b", f"fsync {x}", f"rename {x} root/step-1", "fsync root", f"fsync root/{DRAFTS}"]
     calls.clear()
     store.put(f"{DRAFTS}/noted-too", b"")
     assert calls[-1] == f"fsync root/{DRAFTS}"
+
+
+def test_a_file_of_a_draft_is_replaced_whole_or_not_at_all(store: LocalStore, root: Path) -> None:
+    key = f"{DRAFTS}/x/a"
+    store.put(key, b"first")
+    writer = store.writer(key, 6)
+    writer.write_at(0, b"second")
+    assert store.get(key) == b"first"
+    writer.commit()
+    store.writer(key, 5).abort()
+    assert (store.get(key), _everything(root / DRAFTS)) == (b"second", ["x", "x/a"])
+
+
+def test_a_file_of_a_draft_that_is_deleted_while_it_is_written_is_an_error(store: LocalStore) -> None:
+    writer = store.writer(f"{DRAFTS}/x/a", 1)
+    writer.write_at(0, b"1")
+    store.delete([f"{DRAFTS}/x/"])
+    with pytest.raises(StoreError, match="deleted while it was written"):
+        writer.commit()
 
 
 def test_a_deletion_is_durable_in_the_folder_that_stays(store: LocalStore, calls: list[str], root: Path) -> None:

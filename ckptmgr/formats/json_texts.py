@@ -9,6 +9,7 @@ from typing import Any
 _DEPTH = 3  # levels that have parts of their own
 _MOST_PARTS = 64  # keys of a level; one with more is one part
 _WORTH = 4096  # characters; a shorter text is made anew as fast as it is looked up
+_dumps = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # `json.dumps` makes one at each call
 
 
 class JsonTexts:
@@ -36,7 +37,3 @@ class JsonTexts:
         if path and len(text) >= _WORTH:
             self._last[path] = (part, text)
         return text
-
-
-def _dumps(part: Any) -> str:
-    return json.dumps(part, separators=(",", ":"), allow_nan=False)

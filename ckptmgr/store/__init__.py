@@ -80,8 +80,9 @@ class Store(Protocol):
     """Bytes under keys. Every method blocks, is safe from any thread, and raises `StoreError`
     (or a subclass-like built-in of `ckptmgr.errors`) for anything the store refuses.
 
-    What is written is durable at return, but for the names of what is in a folder below `DRAFTS`: nobody
-    looks for it there, and `rename` makes them durable before it moves the folder."""
+    What is written is durable at return and whole when it is seen, but in a folder below `DRAFTS`, where nobody
+    looks for it: a new file may be seen there before it is whole, and `rename` makes the names durable before it
+    moves the folder."""
 
     @property
     def url(self) -> str:

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from .. import memory
 from . import BLOCK
@@ -65,7 +64,7 @@ def set_direct(fd: int, wanted: bool) -> bool:
     return True
 
 
-def open_direct(path: Path, fd: int) -> int | None:
+def open_direct(path: str, fd: int) -> int | None:
     """A second descriptor of the file that is open under `fd`, which reads past the page cache, or
     None where the file system takes none, or has another file there by now."""
     flag = getattr(os, "O_DIRECT", 0)
@@ -99,6 +98,14 @@ def write_at(fd: int, offset: int, view: memoryview, one_at_a_time: threading.Lo
                 os.lseek(fd, offset, os.SEEK_SET)
                 count = os.write(fd, view)
         view, offset = view[count:], offset + count
+
+
+def begin_to_sync(fd: int) -> None:
+    """Have the system begin to write to the disk what it holds of a file, without waiting: several files that are
+    begun together take less time to sync one by one. Changes nothing where the system can't."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what was not written yet, Linux begins to write
 
 
 def read_at(fd: int, start: int, views: Sequence[memoryview], one_at_a_time: threading.Lock) -> int:

@@ -41,7 +41,7 @@ def sync_file(fd: int) -> None:
     os.fsync(fd)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: str | Path) -> None:
     """Wait until a folder's entries are on the disk, where the file system knows how to."""
     if os.name == "nt":  # Windows opens no folders; NTFS journals its entries
         return
@@ -72,12 +72,12 @@ def make_folders(folder: Path) -> None:
         sync_folder(each.parent)
 
 
-def create_file(path: Path) -> int:
+def create_file(path: str | Path) -> int:
     """A descriptor of a file that did not exist before. Follows no link."""
     return os.open(path, _CREATE, 0o666)
 
 
-def open_file(path: Path) -> int:
+def open_file(path: str | Path) -> int:
     """A descriptor of a regular file, for reading. Follows no link; refuses anything else."""
     fd = os.open(path, _READ)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -86,7 +86,7 @@ def open_file(path: Path) -> int:
     return fd
 
 
-def claim(temp: Path, target: Path) -> None:
+def claim(temp: str, target: str) -> None:
     """Give a file its final name unless that name is taken; of several claimants one wins.
 
     Raises `FileExistsError`."""
@@ -94,23 +94,23 @@ def claim(temp: Path, target: Path) -> None:
         os.link(temp, target)
     except FileExistsError:
         # NFS asks again after a lost answer, and then finds the link that it made itself.
-        if temp.lstat().st_nlink != 2:
+        if os.lstat(temp).st_nlink != 2:
             raise
     except OSError as exc:
         if exc.errno not in NO_LINKS:
             raise
         os.close(create_file(target))  # no links here: an empty file of that name is the claim
         try:
-            temp.replace(target)
+            os.replace(temp, target)
         except OSError:
-            target.unlink()
+            os.unlink(target)
             raise
 
 
 class TempFile:
     """A file under a name that nobody looks at, until it is moved to its own. Gone when dropped."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.path = path
         self._open = _Open(create_file(path))
         self._discard = weakref.finalize(self, _discard, self._open, path, os.getpid())
@@ -130,9 +130,16 @@ class TempFile:
         """Close the file. Network file systems may report only here that it was not written."""
         self._open.close()
 
-    def move(self, target: Path) -> None:
-        """Give the file, which is closed, its own name: nothing is left to discard."""
-        self.path.replace(target)
+    def move(self, target: str) -> None:
+        """Close the file and give it its own name, if it has not had that from the beginning: nothing is left
+        to discard. Raises `FileNotFoundError` when it is gone."""
+        if self.path != target:
+            self.close()
+            os.replace(self.path, target)
+        elif os.fstat(self.fd).st_nlink:
+            self.close()
+        else:
+            raise FileNotFoundError(errno.ENOENT, "deleted while it was written", target)
         self._discard.detach()
 
     def discard(self) -> None:
@@ -152,13 +159,13 @@ class _Open:
             os.close(fd)
 
 
-def _discard(file: _Open, path: Path, pid: int) -> None:
+def _discard(file: _Open, path: str, pid: int) -> None:
     # Nothing of it is visible, whatever fails here: a leftover goes when its folder is deleted.
     with suppress(OSError):
         file.close()
     if os.getpid() == pid:  # a forked child drops its copy of the object; the file is its parent's
         with suppress(OSError):
-            path.unlink()
+            os.unlink(path)
 
 
 class InUse:
@@ -196,7 +203,7 @@ class InUse:
 
 
 @contextmanager
-def edge(doing: str, path: Path, need: int | None = None) -> Iterator[None]:
+def edge(doing: str, path: str | Path, need: int | None = None) -> Iterator[None]:
     """A block whose errors of the system come out in our words."""
     try:
         yield
@@ -206,7 +213,7 @@ def edge(doing: str, path: Path, need: int | None = None) -> Iterator[None]:
         raise explain(exc, doing, path, need) from exc
 
 
-def explain(exc: OSError, doing: str, path: Path, need: int | None = None) -> StoreError:
+def explain(exc: OSError, doing: str, path: str | Path, need: int | None = None) -> StoreError:
     """The same trouble in the words of its remedy; `need` is in bytes, where known."""
     match exc.errno:
         case errno.ENOSPC | errno.EDQUOT:
@@ -230,9 +237,9 @@ def explain(exc: OSError, doing: str, path: Path, need: int | None = None) -> St
     return StoreError(text, exc.errno)
 
 
-def full(what: str, path: Path, need: int | None, code: int = errno.ENOSPC) -> StoreFullError:
+def full(what: str, path: str | Path, need: int | None, code: int = errno.ENOSPC) -> StoreFullError:
     """The error for want of room to do `what` at a path; `need` is in bytes, where known."""
-    space = space_left(path)
+    space = space_left(Path(path))
     free = None if space is None else space.free
     sizes = [f"{need:,} bytes needed"] if need is not None else []
     sizes += [f"{free:,} bytes free"] if free is not None else []

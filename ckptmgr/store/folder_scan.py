@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import repeat
-from pathlib import Path
 
 from . import Entry
 from .arguments import are_names, is_key
@@ -16,7 +15,7 @@ from .leftovers import is_temp
 _as_entry: Callable[[tuple[object, ...]], Entry] = partial(tuple.__new__, Entry)  # as `Entry`, in a third of the time
 
 
-def scan(folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
+def scan(folder: str, prefix: str, recursive: bool) -> Iterator[Entry]:
     """Entries whose keys begin with `prefix`, in any order; none where the folder is not there. With `recursive`
     the files of all folders below it, too, and no folder."""
     left = [(folder, prefix)]  # a folder can be deeper than Python calls
@@ -41,7 +40,7 @@ def scan(folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
         if not are_names(folders):
             folders = [name for name in folders if is_key(name)]  # the others are nothing of ours
         if recursive:
-            left += [(folder / name, f"{prefix}{name}/") for name in folders]
+            left += [(os.path.join(folder, name), f"{prefix}{name}/") for name in folders]
         else:
             # There may be ten thousand, and entries take longer to sort than names, and to make one by one.
             folders.sort()

@@ -156,14 +156,14 @@ class GenericDialect:
 class _Upload:
     def __init__(self, dialect: GenericDialect, name: str) -> None:
         self._dialect, self._name = dialect, name
-        self._file = TempFile(Path(tempfile.gettempdir(), f"ckptmgr-{secrets.token_hex(8)}.tmp"))
+        self._file = TempFile(str(Path(tempfile.gettempdir(), f"ckptmgr-{secrets.token_hex(8)}.tmp")))
 
     def write(self, data: memoryview) -> None:
         self._file.write(data)
 
     def commit(self) -> None:
         self._file.close()
-        self._dialect.put_file(str(self._file.path), self._name)
+        self._dialect.put_file(self._file.path, self._name)
         self._file.discard()
 
     def abort(self) -> None:

@@ -53,9 +53,11 @@ class LocalStore:
 
     def __init__(self, path: str | Path, fsync: bool = True) -> None:
         self._path = Path(path).expanduser().absolute()
-        self._drafts = self._path / DRAFTS
+        # Below it, paths are texts: each save asks for some fifty, and a Path takes ten times as long to make.
+        self._top = str(self._path)
+        self._in_drafts = os.path.join(self._top, *DRAFTS.split("/"), "")
         self._fsync = fsync
-        self._durable: set[Path] = set()  # folders whose own entries this process has seen to the disk
+        self._durable: set[str] = set()  # folders whose own entries this process has seen to the disk
         self._can_rename: bool | None = None
 
     def __repr__(self) -> str:
@@ -90,7 +92,7 @@ class LocalStore:
     def put(self, key: str, data: Buffer, *, create: bool = False) -> None:
         target, view = self._locate(checked_key(key)), as_bytes(data)
         with edge("write", target, view.nbytes):
-            temp = self._temp(target)
+            temp = self._temp(target, is_claim=create)
             try:
                 temp.write(view)
                 self._publish(temp, target, create=create)
@@ -108,12 +110,15 @@ class LocalStore:
         target = self._locate(checked_key(key))
         with edge("write", target, size):
             try:
-                return LocalWriter(self._temp(target), target, size, self._publish)
+                return self._writer(target, size)
             except OSError as exc:
                 # A checkpoint that was just deleted may still be on its way out.
                 if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not wait_for_space():
                     raise
-            return LocalWriter(self._temp(target), target, size, self._publish)
+            return self._writer(target, size)
+
+    def _writer(self, target: str, size: int | None) -> LocalWriter:
+        return LocalWriter(self._temp(target), target, size, self._publish, is_synced=self._fsync)
 
     def copy(self, source: str, target: str) -> bool:
         """A hard link: both names are one file, which goes with the last of them."""
@@ -122,17 +127,17 @@ class LocalStore:
             with os.fdopen(_open(old), "rb") as file:
                 links = os.fstat(file.fileno()).st_nlink
                 try:
-                    self._in_folder(new.parent, lambda: os.link(old, new))
+                    self._in_folder(_parent(new), lambda: os.link(old, new))
                 except FileExistsError as exc:
                     # NFS asks again after a lost answer, and then finds the link that it made itself.
-                    if os.fstat(file.fileno()).st_nlink == links or not new.samefile(old):
+                    if os.fstat(file.fileno()).st_nlink == links or not os.path.samefile(new, old):
                         raise AlreadyExistsError(f"{new} exists already and was left as it is") from exc
                 except OSError as exc:
                     if exc.errno not in _NO_LINK_HERE:
                         raise
-                    self._prune(new.parent)
+                    self._prune(_parent(new))
                     return False
-            self._sync(new.parent)
+            self._sync(_parent(new))
         return True
 
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
@@ -156,16 +161,16 @@ class LocalStore:
             self._delete(keys)
 
     def _delete(self, keys: Iterable[str]) -> None:
-        touched: set[Path] = set()
+        touched: set[str] = set()
         for key in keys:
             checked_key(key.removesuffix("/"))
             path = self._locate(key)
             with edge("delete", path):
                 _remove(path, tree=key.endswith("/"))
-                if path.parent.is_dir():  # also where nothing was: an earlier attempt may not have come so far
-                    touched.add(path.parent)
+                if _is_folder(_parent(path)):  # also where nothing was: an earlier attempt may not have come so far
+                    touched.add(_parent(path))
         changed = set()
-        for folder in sorted(touched, key=lambda path: len(path.parts), reverse=True):
+        for folder in sorted(touched, key=lambda path: path.count(os.sep), reverse=True):
             with edge("delete", folder):
                 changed.add(self._prune(folder))
         for folder in changed:
@@ -183,76 +188,84 @@ class LocalStore:
                 raise AlreadyExistsError(f"{new} exists already; {old} was not renamed")
             for folder, _ in reversed(_below(old)) if self._fsync else ():
                 sync_folder(folder)
-            self._make(new.parent)
+            self._make(_parent(new))
             try:
-                old.rename(new)
+                os.rename(old, new)
             except OSError:
                 # NFS asks again after a lost answer, and then finds that it has moved the folder already.
-                if not new.is_dir() or os.path.lexists(old):
+                if not _is_folder(new) or os.path.lexists(old):
                     raise
-            self._durable = {folder for folder in self._durable if not folder.is_relative_to(old)}
+            self._durable = {folder for folder in self._durable if not f"{folder}{os.sep}".startswith(old + os.sep)}
             try:
-                self._sync(new.parent)
-                self._sync(old.parent)
+                self._sync(_parent(new))
+                self._sync(_parent(old))
             except OSError:
                 with suppress(OSError):  # what may not be durable shall not be seen either
-                    new.rename(old)
+                    os.rename(new, old)
                 raise
 
-    def _publish(self, temp: TempFile, target: Path, *, create: bool = False) -> None:
+    def _publish(self, temp: TempFile, target: str, *, create: bool = False) -> None:
         """Give a written file its name: first its bytes, then the name, then the folder that holds it."""
         if self._fsync:
             temp.sync()
-        temp.close()
         if not create:
             temp.move(target)
-            self._sync(target.parent)
+            self._sync(_parent(target))
             return
+        temp.close()
         claim(temp.path, target)
         try:
-            self._sync(target.parent)
+            self._sync(_parent(target))
         except OSError:
             with suppress(OSError):  # what may not be durable shall not be seen either
-                target.unlink()
+                os.unlink(target)
             raise
 
-    def _locate(self, key: str) -> Path:
+    def _locate(self, key: str) -> str:
         """The path of a checked key. Raises `StoreError` where a folder on the way is a symbolic
         link; with a "/" at the end, also where the last one is."""
-        path = str(self._path)  # a text: each save asks for some fifty paths
+        path = self._top
         *folders, last = key.split("/")
         for name in filter(None, folders):
-            path = os.path.join(path, name)  # noqa: PTH118
-            if os.path.islink(path):  # noqa: PTH114
-                raise explain(OSError(errno.ELOOP, "symbolic link"), "use", Path(path))
-        return Path(path, last)
+            path = os.path.join(path, name)
+            if os.path.islink(path):
+                raise explain(OSError(errno.ELOOP, "symbolic link"), "use", path)
+        return os.path.join(path, last) if last else path
 
-    def _make(self, folder: Path) -> None:
+    def _make(self, folder: str) -> None:
         """Make a folder with its parents, each entry durable. Below the root this is done once even
         for one that exists: whoever made it may not have got round to it yet."""
-        if folder in self._durable or (not folder.is_relative_to(self._path) and folder.is_dir()):
+        if folder in self._durable or (len(folder) < len(self._top) and _is_folder(folder)):
             return
-        if folder != self._path or not folder.is_dir():
-            self._make(folder.parent)
+        if folder != self._top or not _is_folder(folder):
+            self._make(_parent(folder))
             is_new = False
             with suppress(FileExistsError):
-                folder.mkdir()
+                os.mkdir(folder)
                 is_new = True
             try:
-                if self._drafts not in folder.parents:
-                    self._sync(folder.parent)
+                if not self._is_in_draft(folder):
+                    self._sync(_parent(folder))
             except OSError:
                 if is_new:  # to be made anew: a second fsync would not look at this one's entry again
                     with suppress(OSError):
-                        folder.rmdir()
+                        os.rmdir(folder)
                 raise
         self._durable.add(folder)
 
-    def _temp(self, target: Path) -> TempFile:
-        path = target.with_name(temp_name())
-        return self._in_folder(target.parent, lambda: TempFile(path))
+    def _temp(self, target: str, *, is_claim: bool = False) -> TempFile:
+        """A new file that is to become `target`. In a draft it has that name at once, but when it is to `claim` it."""
+        folder = _parent(target)
 
-    def _in_folder(self, folder: Path, act: Callable[[], _T]) -> _T:
+        def begin() -> TempFile:
+            if not is_claim and self._is_in_draft(folder):
+                with suppress(FileExistsError):
+                    return TempFile(target)
+            return TempFile(os.path.join(folder, temp_name()))
+
+        return self._in_folder(folder, begin)
+
+    def _in_folder(self, folder: str, act: Callable[[], _T]) -> _T:
         """Make the folder and act in it."""
         for _ in range(3):
             with suppress(FileNotFoundError):
@@ -262,15 +275,19 @@ class LocalStore:
         self._make(folder)
         return act()
 
-    def _sync(self, folder: Path) -> None:
-        if self._fsync and self._drafts not in folder.parents:  # what is below a draft, its rename makes durable
+    def _sync(self, folder: str) -> None:
+        if self._fsync and not self._is_in_draft(folder):  # what is there, the rename of the draft makes durable
             sync_folder(folder)
 
-    def _prune(self, folder: Path) -> Path:
+    def _is_in_draft(self, folder: str) -> bool:
+        """Whether this is the folder of a draft, or one in it: nobody looks for a file there."""
+        return folder.startswith(self._in_drafts)
+
+    def _prune(self, folder: str) -> str:
         """Remove empty folders upwards, but never the root; the first folder that stays."""
-        while folder != self._path:
+        while folder != self._top:
             try:
-                folder.rmdir()
+                os.rmdir(folder)
             except (FileNotFoundError, NotADirectoryError):
                 pass
             except OSError as exc:
@@ -278,25 +295,36 @@ class LocalStore:
                     raise
                 break  # not empty, or not ours to remove: it stays
             self._durable.discard(folder)
-            folder = folder.parent
+            folder = _parent(folder)
         return folder
 
 
-def _open(path: Path) -> int:
+_parent = os.path.dirname
+
+
+def _open(path: str) -> int:
     try:
         return open_file(path)
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise NotFoundError(f"{path} does not exist") from exc
 
 
-def _lstat(path: Path) -> os.stat_result | None:
+def _lstat(path: str) -> os.stat_result | None:
     try:
-        return path.lstat()
+        return os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def _remove(path: Path, *, tree: bool) -> None:
+def _is_folder(path: str) -> bool:
+    """Whether there is a folder, or a link to one. Unlike `os.path.isdir`, raises what a failing disk says."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _remove(path: str, *, tree: bool) -> None:
     """Remove a file, or with `tree` a folder with everything below it, where there is one."""
     found = _lstat(path)
     if found is None or stat.S_ISDIR(found.st_mode) != tree:
@@ -308,20 +336,21 @@ def _remove(path: Path, *, tree: bool) -> None:
         for file in files:
             remove_file(file)
         try:
-            folder.rmdir()
+            os.rmdir(folder)
         except OSError:
             # NFS keeps what another process has open under such a name until it is closed.
-            if not all(child.name.startswith(".nfs") or child.is_dir() for child in folder.iterdir()):
-                raise
+            with os.scandir(folder) as children:
+                if not all(child.name.startswith(".nfs") or child.is_dir() for child in children):
+                    raise
 
 
-def _below(path: Path) -> list[tuple[Path, list[Path]]]:
+def _below(path: str) -> list[tuple[str, list[str]]]:
     """A folder and those in it, however deep, each before those in it, with what else is in each. Follows no link."""
     found, left = [], [path]
     while left:
-        folder, files = left.pop(), list[Path]()
+        folder, files = left.pop(), list[str]()
         with suppress(OSError), os.scandir(folder) as children:
             for child in children:
-                (left if child.is_dir(follow_symlinks=False) else files).append(Path(child.path))
+                (left if child.is_dir(follow_symlinks=False) else files).append(child.path)
         found.append((folder, files))
     return found

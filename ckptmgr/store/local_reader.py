@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import StoreError
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 class LocalReader:
     """A `Reader` of the file that is open under `fd`, which it closes. Also closed when dropped."""
 
-    def __init__(self, fd: int, path: Path) -> None:
+    def __init__(self, fd: int, path: str) -> None:
         self._fd, self._path = fd, path
         self._size = os.fstat(fd).st_size
         self._direct = open_direct(path, fd) if self._size >= LARGE else None

@@ -6,14 +6,13 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import memory
 from ..errors import StoreError
 from . import BLOCK
 from .arguments import as_bytes
-from .direct_io import LARGE, is_aligned, is_refusal, preallocate, set_direct, write_at
+from .direct_io import LARGE, begin_to_sync, is_aligned, is_refusal, preallocate, set_direct, write_at
 from .disk import InUse, TempFile, edge
 from .placement import Placement, check_size
 
@@ -24,20 +23,28 @@ _BOUNCE = memory.HUGE_PAGE  # bytes
 
 
 class LocalWriter:
-    """A `Writer` of a file that has its name only after `publish(temp, target)`. Gone when dropped unended.
+    """A `Writer` of a file that has its name only after `publish(temp, target)`, which makes it durable, too, if
+    it `is_synced`. Gone when dropped unended.
 
     Pieces of a large file go past the page cache where the file system lets them. Once it has
     refused one, the rest goes the plain way, with the same result.
     """
 
     def __init__(
-        self, temp: TempFile, target: Path, size: int | None, publish: Callable[[TempFile, Path], None]
+        self,
+        temp: TempFile,
+        target: str,
+        size: int | None,
+        publish: Callable[[TempFile, str], None],
+        *,
+        is_synced: bool = True,
     ) -> None:
         self._temp, self._target, self._size, self._publish = temp, target, size, publish
+        self._is_synced = is_synced
         self._in_use = InUse(temp.discard)
         self._lock = threading.Lock()
         self._count = 0  # bytes that came in order
-        self._placement = None if size is None else Placement(size, str(target))
+        self._placement = None if size is None else Placement(size, target)
         self._is_direct: bool | None = None  # until the first piece
         self._spare: list[memoryview] = []
         try:
@@ -71,6 +78,8 @@ class LocalWriter:
             else:
                 write_at(self._temp.fd, offset, view, self._lock)
             self._placement.add(offset, view.nbytes)
+            if self._is_synced and view.nbytes == self._size:
+                begin_to_sync(self._temp.fd)
 
     def commit(self) -> None:
         with self._at_work(self._count):
@@ -78,7 +87,7 @@ class LocalWriter:
                 if self._placement:
                     self._placement.check_whole()
                 else:
-                    check_size(self._count, self._size, str(self._target))
+                    check_size(self._count, self._size, self._target)
                 self._trim()
                 self._publish(self._temp, self._target)
             finally:
@@ -131,4 +140,4 @@ class LocalWriter:
         size = self._count if self._size is None else self._size
         if os.fstat(self._temp.fd).st_size > size:
             os.ftruncate(self._temp.fd, size)
-        check_size(os.fstat(self._temp.fd).st_size, size, str(self._target))
+        check_size(os.fstat(self._temp.fd).st_size, size, self._target)

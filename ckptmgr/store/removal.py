@@ -11,7 +11,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from .disk import open_file
 
@@ -23,22 +22,23 @@ _holds: set[object] = set()
 _freeing: set[threading.Thread] = set()
 
 
-def remove_file(path: Path) -> None:
+def remove_file(path: str) -> None:
     """Remove a file's name; of a large one the space is free a little later, at the latest when the
     process ends. A missing file is no error. Raises `OSError`."""
     try:
-        fd = open_file(path) if os.name == "posix" and path.lstat().st_size >= _LARGE else None
+        fd = open_file(path) if os.name == "posix" and os.lstat(path).st_size >= _LARGE else None
     except OSError:  # gone, or one that may be deleted but not read
         fd = None
-    if fd is None:
-        path.unlink(missing_ok=True)
-        return
     try:
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        if fd is None:
+            return
         # A file with another name loses no blocks, and NFS gives one that is open another name.
         is_last = os.fstat(fd).st_nlink == 0
     except BaseException:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
         raise
     if not is_last:
         os.close(fd)

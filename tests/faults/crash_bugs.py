@@ -34,13 +34,14 @@ def manifest_before_data() -> Planted:
     publish = LocalStore._publish
     late: list[tuple[Path, bytes]] = []
 
-    def hold_back(store: LocalStore, temp: TempFile, target: Path, *, create: bool = False) -> None:
-        is_ours = target.relative_to(store._path).parts[0].startswith("step-")
-        if is_ours and target.name != MANIFEST_NAME and target.suffix != ".late":
-            late.append((target, temp.path.read_bytes()))
+    def hold_back(store: LocalStore, temp: TempFile, target: str, *, create: bool = False) -> None:
+        path = Path(target)
+        is_ours = path.relative_to(store._path).parts[0].startswith("step-")
+        if is_ours and path.name != MANIFEST_NAME and path.suffix != ".late":
+            late.append((path, Path(temp.path).read_bytes()))
             return
         publish(store, temp, target, create=create)
-        if target.name == MANIFEST_NAME:
+        if path.name == MANIFEST_NAME:
             while late:
                 path, data = late.pop()
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -205,7 +205,7 @@ CAUGHT = {  # in which mode, after which call, and as what
     "data deleted before the manifest": ("rename", "unlink", ".safetensors", "does not load"),
     "pointer believed without its manifest": ("rename", "rename", "step-00000003", "resumed"),
     "no record of drafts": ("manifest", "rename", "model.safetensors", "litter: step-"),
-    "what is not known is swept": ("rename", "rename", "manifest.json", "foreign:"),
+    "what is not known is swept": ("rename", "create", "manifest.json", "foreign:"),
     "reported before the commit": ("rename", "create", "step-00000004", "lost"),
 }
 

@@ -208,16 +208,12 @@ def _all_names(name: Any) -> str:
     return str(name)
 
 
-def _followed(path: Path) -> int:
+def _followed(path: str) -> int:
     return os.open(path, os.O_RDONLY)
 
 
 def _any_key(key: str) -> str:
     return key
-
-
-def _any_path(store: LocalStore, key: str) -> Path:
-    return Path(store.url, key)
 
 
 def test_the_check_fails_when_names_in_manifests_are_not_checked(sound, tmp_path, monkeypatch):
@@ -252,8 +248,8 @@ def test_the_check_fails_when_links_are_followed(sound, tmp_path, monkeypatch):
     assert any("secret" in crime for crime in crimes_of(attack, [WAYS_IN[0]], sound["safetensors"], tmp_path))
 
 
-def _scan_links(folder: Path, prefix: str, recursive: bool) -> Any:
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+def _scan_links(folder: str, prefix: str, recursive: bool) -> Any:
+    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
         yield Entry(prefix + path.name, path.stat().st_size, None, path.is_dir())
 
 

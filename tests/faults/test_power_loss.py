@@ -120,8 +120,8 @@ def no_fsync_after_the_rename(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_fsync_of_the_draft(patch: pytest.MonkeyPatch) -> None:
-    def sync_folder(folder: Path) -> None:
-        if "drafts" not in folder.parts[:-1]:
+    def sync_folder(folder: str) -> None:
+        if "drafts" not in Path(folder).parts[:-1]:
             true_sync(folder)
 
     true_sync = local.sync_folder
