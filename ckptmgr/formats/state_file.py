@@ -117,7 +117,7 @@ def revive(tree: Tree, tensors: Sequence[StoredTensor], file: str = STATE_NAME) 
     """The tree, changed in place, with stored tensors where `{"$tensor": index}` stood. Raises `DamagedError`."""
 
     def refuse(leaf: Any, path: tuple[str, ...]) -> None:
-        if isinstance(leaf, dict) and not _is_index(index := leaf["$tensor"], tensors):
+        if isinstance(leaf, dict) and (type(index := leaf["$tensor"]) is not int or not 0 <= index < len(tensors)):
             raise DamagedError(f"{file}: {'.'.join(path)} is tensor {index!r} of {len(tensors)}")
 
     top = [tree]
@@ -128,19 +128,16 @@ def revive(tree: Tree, tensors: Sequence[StoredTensor], file: str = STATE_NAME) 
 
 def _revive(tree: dict[str, Tree] | list[Tree], tensors: Sequence[StoredTensor]) -> bool:
     """Whether every index within a dict or list was one of a tensor."""
+    count = len(tensors)
     for place, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
         if type(part) is dict and len(part) == 1 and "$tensor" in part:
             index = part["$tensor"]
-            if not _is_index(index, tensors):
+            if type(index) is not int or not 0 <= index < count:  # there may be 100,000: no call for each
                 return False
             tree[place] = tensors[index]  # type: ignore[index]
         elif type(part) in (dict, list) and not _revive(part, tensors):
             return False
     return True
-
-
-def _is_index(value: Any, tensors: Sequence[StoredTensor]) -> bool:
-    return type(value) is int and 0 <= value < len(tensors)
 
 
 def save_torch(obj: Any, file: SinkFile) -> None:
