@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -52,13 +51,15 @@ class Listing:
         self._pins, self._marks = tuple(pins), marks
         self._last_attempt = cache(last_attempt)  # asked for only when it matters
         self._named = cache(lambda: {name for name, _ in _asides(store)})
-        self._folders, self._steps = folders, templates[0].steps(folders)
-        for names in templates[1:] if -1 in self._steps else ():
+        self._folders, self._digits = folders, templates[0].steps(folders)
+        for names in templates[1:] if "" in self._digits else ():
             others = names.steps(folders)
-            self._steps = [other if step < 0 else step for step, other in zip(self._steps, others, strict=True)]
-        # Places in the list of folders. Those whose names tell no step come first: they may hold anything.
-        places = sorted(range(len(folders)), key=self._steps.__getitem__)
-        start = bisect(places, -1, key=self._steps.__getitem__)
+            self._digits = [step or other for step, other in zip(self._digits, others, strict=True)]
+        # Places in the list of folders. Those whose names tell no step come first: they may hold anything. Texts of
+        # one length sort as the numbers that they are, which takes longer to make of ten thousand.
+        are_even = len(set(map(len, self._digits))) < 2
+        places = sorted(range(len(folders)), key=self._digits.__getitem__ if are_even else self._step)
+        start = self._digits.count("")
         self._unnamed, self._unread = places[:start], places[start:]
         self._read: list[CheckpointInfo] = []
         self._odd: dict[str, int] = {}  # the steps in names that tell another one than the manifest
@@ -95,6 +96,10 @@ class Listing:
         """Whether the other one is of the same folders."""
         return [*self._folders] == [*other._folders]
 
+    def _step(self, place: int) -> int:
+        """The step in a folder's name, or -1."""
+        return int(self._digits[place] or -1)
+
     def _certain(self) -> list[CheckpointInfo]:
         """Of those read the ones that are newer than all others, newest first."""
         if not self._unread:
@@ -103,7 +108,7 @@ class Listing:
         if self._odd or any(info.order[0] > last for info in self._read):
             return self.infos()
         # One that can't be read counts as of the attempt below it, which is known from here on upwards.
-        below = self._steps[self._unread[-1]]
+        below = self._step(self._unread[-1])
         sure = [info.step for info in self._read if info.step > below and info.manifest and info.order[0] == last]
         return [info for info in self._ordered() if sure and info.order[0] == last and info.step >= min(sure)]
 
@@ -115,13 +120,13 @@ class Listing:
         names = [self._folders[place] for place in places]
         infos = each(self._store, lambda name: read_checkpoint(self._store, name, self._templates), names)
         found = [*zip(places, names, infos, strict=True)]
-        lost = self._lost([name for place, name, info in found if info is None and self._steps[place] >= 0])
+        lost = self._lost([name for place, name, info in found if info is None and self._digits[place]])
         for place, name, info in found:
             if name in lost:
-                info = CheckpointInfo(name, self._steps[place], None, f"{MANIFEST_NAME} is missing")
+                info = CheckpointInfo(name, self._step(place), None, f"{MANIFEST_NAME} is missing")
             if info is not None:
-                if self._steps[place] not in (-1, info.step):
-                    self._odd[info.name] = self._steps[place]
+                if self._step(place) not in (-1, info.step):
+                    self._odd[info.name] = self._step(place)
                 self._read.append(info)
 
     def _lost(self, names: Sequence[str]) -> set[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -305,6 +305,7 @@ class NameTemplate:
         self.needs_epoch = "epoch" in fields
         self._regex = self._compile()
         self._each = re.compile(rf"(?:{self._regex.pattern}|[^/]+)(?:/|\Z)")
+        self._before_step = template.partition("{step")[0] if len(fields) == 1 and template.endswith("}") else None
         if self.step(sample) != _SAMPLE_STEP:
             raise ConfigError(f"name: {template!r} gives folders like {sample!r}, whose step can't be told from it")
 
@@ -337,11 +338,17 @@ class NameTemplate:
         match = self._regex.fullmatch(name)
         return int(match["step"]) if match else None
 
-    def steps(self, names: Iterable[str]) -> list[int]:
-        """The step in each of many folders' names, or -1."""
-        # One search for all: there may be ten thousand.
-        found = self._each.findall("/".join(names))
-        return list(map(int, found)) if all(found) else [int(step or -1) for step in found]
+    def steps(self, names: Sequence[str]) -> list[str]:
+        """The digits of the step in each of many folders' names, or ""."""
+        # One search for all: there may be ten thousand. Where each is digits behind the same text, none is needed.
+        text = "/" + "/".join(names)
+        if (before := self._before_step) is not None:
+            rest = text.replace(f"/{before}", "/")
+            if len(text) - len(rest) == len(names) * len(before):
+                steps = rest[1:].split("/")
+                if all(steps) and (digits := "".join(steps)).isascii() and digits.isdecimal():
+                    return steps
+        return self._each.findall(text, 1)
 
 
 DEFAULT_NAMES = NameTemplate("step-{step:08d}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import operator
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import islice
@@ -78,7 +79,8 @@ class Repository:
     def listing(self, last_attempt: int | None = None) -> Listing:
         """What is there now, to be read as far as it is asked for. `last_attempt` is the highest that a
         checkpoint can have, where the caller knows better than the records of the writer's lock."""
-        folders = [key for key, _, _, is_folder in self.store.list() if is_folder and key[0] != "."]
+        folders = [entry.key for entry in self.store.list() if entry.is_folder]
+        del folders[bisect_left(folders, ".") : bisect_left(folders, "/")]  # those that begin with a dot
         if self.store.path is None:  # a listing may lag behind, and what it lacks is the newest
             named = self.pointer()
             if named and named not in folders and re.fullmatch(FOLDER_NAME, named):

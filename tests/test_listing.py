@@ -139,6 +139,15 @@ def test_the_newest_is_found_by_one_manifest_among_thousands() -> None:
     assert store.lists == ["", ".ckptmgr", ".ckptmgr/lease"]
 
 
+def test_the_newest_is_the_highest_number_where_names_sort_otherwise() -> None:
+    store = Counting()
+    fill(store, (99_999_998, 99_999_999, 100_000_000))
+    acquire(store).release()
+    store.gets.clear()
+    assert newest(Repository(store)) == "step-100000000"
+    assert store.gets == ["latest", "step-100000000/manifest.json"]
+
+
 def test_a_damaged_newest_costs_a_few_manifests_more() -> None:
     store = Counting()
     fill(store, range(1, 2001))
@@ -247,11 +256,16 @@ def test_a_lock_that_may_not_be_read_has_everything_read(tmp_path) -> None:  # t
     assert newest(Repository(store)) == "step-00000002"
 
 
-@given(st.lists(st.text("step-.0123456789/ \n", min_size=1).map(lambda text: text.replace("/", "") or "x")))
-def test_the_steps_of_many_names_are_those_of_each(names: list[str]) -> None:
+@given(
+    st.lists(st.text("step-.0123456789/ \n", min_size=1).map(lambda text: text.replace("/", "") or "x")),
+    st.lists(st.integers(0, 10**9)),
+)
+def test_the_steps_of_many_names_are_those_of_each(names: list[str], steps: list[int]) -> None:
     for template in ("step-{step:08d}", "{step}", "{run}.{step}-{step}", "ep{epoch}-{step}"):
         of = NameTemplate(template)
-        assert of.steps(names) == [-1 if (step := of.step(name)) is None else step for name in names]
+        assert [int(step) if step else None for step in of.steps(names)] == list(map(of.step, names))
+        own = [of.format(step, 1, "run") for step in steps]
+        assert list(map(int, of.steps(own))) == steps
 
 
 def test_pins_and_marks_are_those_of_the_same_save() -> None:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from itertools import repeat
 
 from . import Entry
 from .arguments import are_names, is_key
 from .leftovers import is_temp
 
-_as_entry: Callable[[tuple[object, ...]], Entry] = partial(tuple.__new__, Entry)  # as `Entry`, in a third of the time
 
-
-def scan(folder: str, prefix: str, recursive: bool) -> Iterator[Entry]:
+def scan(folder: str, prefix: str, recursive: bool) -> list[Entry]:
     """Entries whose keys begin with `prefix`, in any order; none where the folder is not there. With `recursive`
     the files of all folders below it, too, and no folder."""
+    found: list[Entry] = []
     left = [(folder, prefix)]  # a folder can be deeper than Python calls
     while left:
         folder, prefix = left.pop()
@@ -35,8 +32,8 @@ def scan(folder: str, prefix: str, recursive: bool) -> Iterator[Entry]:
         for child in others:
             if child.is_file(follow_symlinks=False) and is_key(child.name) and not is_temp(child.name):
                 with suppress(FileNotFoundError):  # deleted since
-                    found = child.stat(follow_symlinks=False)
-                    yield Entry(prefix + child.name, found.st_size, found.st_mtime)
+                    about = child.stat(follow_symlinks=False)
+                    found.append(Entry(prefix + child.name, about.st_size, about.st_mtime))
         if not are_names(folders):
             folders = [name for name in folders if is_key(name)]  # the others are nothing of ours
         if recursive:
@@ -45,4 +42,6 @@ def scan(folder: str, prefix: str, recursive: bool) -> Iterator[Entry]:
             # There may be ten thousand, and entries take longer to sort than names, and to make one by one.
             folders.sort()
             keys = [prefix + name for name in folders] if prefix else folders
-            yield from map(_as_entry, zip(keys, repeat(0), repeat(None), repeat(True), strict=False))
+            fields = zip(keys, repeat(0), repeat(None), repeat(True), strict=False)
+            found += map(tuple.__new__, repeat(Entry), fields)  # as `Entry` does, in a third of the time
+    return found

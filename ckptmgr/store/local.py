@@ -143,7 +143,9 @@ class LocalStore:
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
         top = self._locate(f"{checked_folder(folder)}/")
         with edge("list", top):
-            return sorted(scan(top, f"{folder}/" if folder else "", recursive), key=itemgetter(0))
+            found = scan(top, f"{folder}/" if folder else "", recursive)
+        found.sort(key=itemgetter(0))
+        return found
 
     def stat(self, key: str) -> Entry | None:
         name = checked_key(key.removesuffix("/"))

@@ -249,8 +249,8 @@ def test_the_check_fails_when_links_are_followed(sound, tmp_path, monkeypatch):
 
 
 def _scan_links(folder: str, prefix: str, recursive: bool) -> Any:
-    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
-        yield Entry(prefix + path.name, path.stat().st_size, None, path.is_dir())
+    paths = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+    return [Entry(prefix + path.name, path.stat().st_size, None, path.is_dir()) for path in paths]
 
 
 # What is not a checkpoint
