@@ -112,7 +112,7 @@ class Store(Protocol):
 
     def writer(self, key: str, size: int | None = None) -> Writer:
         """A writer for a large object, of `size` bytes where that is known; nothing is visible under
-        `key` before its `commit`."""
+        `key` before its `commit`, but in a draft."""
 
     def copy(self, source: str, target: str) -> bool:
         """Make `target` an object of the bytes of `source`, without a byte passing through this

@@ -108,7 +108,8 @@ def claim(temp: str, target: str) -> None:
 
 
 class TempFile:
-    """A file under a name that nobody looks at, until it is moved to its own. Gone when dropped."""
+    """A file under a name that nobody looks at, until it is moved to its own: the same, where nobody looks at that
+    yet. Gone when dropped."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -143,7 +144,7 @@ class TempFile:
         self._discard.detach()
 
     def discard(self) -> None:
-        """Close the file and remove what still has the temporary name. May be repeated; never raises."""
+        """Close the file and remove it unless it was moved. May be repeated; never raises."""
         self._discard()
 
 

@@ -1,4 +1,4 @@
-"""How does a large file come into a folder? Under another name until it is whole, its pieces in any order."""
+"""How does a large file come into a folder? Its pieces in any order, and published when it is whole."""
 
 from __future__ import annotations
 
