@@ -14,8 +14,7 @@ from .errors import SaveFailedError
 from .overlap import NextSteps
 from .program import staged_size
 from .staging import Held, Region
-from .state.capturing import names
-from .state.snapshot import FlatSnapshot
+from .state.snapshot import FlatSnapshot, names_of
 
 _log = logging.getLogger("ckptmgr.save")
 
@@ -77,7 +76,7 @@ class Copier:
 def refuse_changed(held: Held, flat: FlatSnapshot) -> None:
     """Raises `SaveFailedError` when somebody changed what was being copied. To be called when all is written."""
     if changed := held.changed():
-        few = ", ".join(names(flat, changed)[:5])
+        few = ", ".join(names_of(flat, changed)[:5])
         raise SaveFailedError(
             f"the copy is not of one moment: {few} changed before the optimizer's next step, which overlap: true does "
             "not allow; set overlap: false"

@@ -15,7 +15,8 @@ from functools import cache
 from typing import TypeVar
 
 from .errors import DamagedError, FormatVersionError, NotFoundError, StoreError
-from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, CheckpointInfo, Manifest, NameTemplate, Pin, guessed_step
+from .folder_names import NameTemplate, guessed_step
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, CheckpointInfo, Manifest, Pin
 from .records import Records, is_no_file, is_refused
 from .store import Store
 

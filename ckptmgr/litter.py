@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from .errors import StoreError
-from .manifest import DEFAULT_NAMES
+from .folder_names import DEFAULT_NAMES
 from .records import FOLDER, Records
 from .repository import Repository
 from .store import DRAFTS, Store

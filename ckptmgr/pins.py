@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from .errors import ConfigError, NotFoundError, StoreError
-from .manifest import CheckpointInfo, Pin, guessed_step
+from .folder_names import guessed_step
+from .manifest import CheckpointInfo, Pin
 from .records import checked_tag, is_refused
 from .store import Entry, Store
 from .untrusted import FOLDER_NAME, MAX_RECORD_SIZE, moment, parse, whole

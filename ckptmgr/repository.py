@@ -23,9 +23,10 @@ from itertools import islice
 from .draft import Draft
 from .errors import ConfigError, DamagedError, NotFoundError, StoreError
 from .fences import Fences
+from .folder_names import DEFAULT_NAMES, NameTemplate
 from .listing import Listing, current, read_checkpoint
 from .lock import last_writer
-from .manifest import DEFAULT_NAMES, MANIFEST_NAME, CheckpointInfo, NameTemplate, Pin
+from .manifest import MANIFEST_NAME, CheckpointInfo, Pin
 from .pins import Pins, check_free
 from .records import FOLDER, Aside, Records, is_refused, new_nonce
 from .source import Problem, Source

@@ -25,10 +25,11 @@ from .errors import (
     NotFoundError,
     StoreError,
 )
+from .folder_names import NameTemplate
 from .ledger import Ledger
 from .listing import Listing, current
 from .lock import WriterLock, acquire, last_writer
-from .manifest import CheckpointInfo, NameTemplate
+from .manifest import CheckpointInfo
 from .repository import Repository
 from .retention import Best, NewerThan, Plan
 from .store import Store

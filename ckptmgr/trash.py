@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from .errors import CheckpointError
+from .folder_names import NameTemplate
 from .listing import read_checkpoint
-from .manifest import MANIFEST_NAME, Manifest, NameTemplate
+from .manifest import MANIFEST_NAME, Manifest
 from .pins import Pins
 from .records import Aside, Records
 from .store import Store

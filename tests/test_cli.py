@@ -639,7 +639,7 @@ def test_settings_come_from_the_environment_too(
 
 
 def test_a_configuration_gives_names_and_pointer(tmp_path: Path) -> None:
-    from ckptmgr.manifest import NameTemplate
+    from ckptmgr.folder_names import NameTemplate
 
     made = Repository(open_store(tmp_path / "r", fsync=False), names=NameTemplate("at{step}"), pointer="newest")
     commit(made, 5)

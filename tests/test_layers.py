@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "ckptmgr"
 
 LAYERS = [
     {"errors"},
-    {"clock", "manifest", "quantities", "retention", "rotation", "triggers", "untrusted"},
+    {"clock", "folder_names", "manifest", "quantities", "retention", "rotation", "triggers", "untrusted"},
     {
         "arena",
         "config",
@@ -126,7 +126,7 @@ def test_no_module_imports_itself_through_others() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("name", ["errors", "manifest", "retention", "triggers"])
+@pytest.mark.parametrize("name", ["errors", "folder_names", "manifest", "retention", "triggers"])
 def test_the_pure_modules_import_nothing_that_acts(name: str) -> None:
     allowed = {
         "__future__", "collections", "dataclasses", "datetime", "functools", "json", "math", "re", "string", "typing",

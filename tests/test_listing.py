@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptmgr.errors import FormatVersionError, NotFoundError
+from ckptmgr.folder_names import NameTemplate
 from ckptmgr.lock import acquire
-from ckptmgr.manifest import Manifest, NameTemplate, Pin
+from ckptmgr.manifest import Manifest, Pin
 from ckptmgr.repository import Repository
 from ckptmgr.testing import MemoryStore
 

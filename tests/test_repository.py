@@ -21,8 +21,9 @@ from ckptmgr.errors import (
     NotFoundError,
     StoreError,
 )
+from ckptmgr.folder_names import NameTemplate, guessed_step
 from ckptmgr.litter import litter
-from ckptmgr.manifest import PIECE_SIZE, CheckpointInfo, FileEntry, Manifest, NameTemplate, digest, guessed_step
+from ckptmgr.manifest import PIECE_SIZE, CheckpointInfo, FileEntry, Manifest, digest
 from ckptmgr.repository import Repository
 from ckptmgr.store import Store
 from ckptmgr.store.local import LocalStore

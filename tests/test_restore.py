@@ -837,7 +837,7 @@ def test_whole_entries_come_back_without_targets_and_keep_their_ties() -> None:
     assert materialize(stored, ["d"], stored.fetch, device="meta")["d"].is_meta
 
 
-@pytest.mark.filterwarnings("ignore::ckptmgr.state.capturing.PickleWarning")
+@pytest.mark.filterwarnings("ignore::ckptmgr.state.pickled.PickleWarning")
 def test_pickled_values_load_only_when_trusted() -> None:
     stored = save(args={"fn": functools.partial(int, base=2), "lr": 1}, kind=int)
     for load in (

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import NotFoundError
-from ..manifest import MANIFEST_NAME, CheckpointInfo, NameTemplate
+from ..folder_names import NameTemplate
+from ..manifest import MANIFEST_NAME, CheckpointInfo
 from ..repository import Repository
 from ..store import Store, open_store
 from .failures import debug_option, keep_secret

@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
 
 from ..errors import ConfigError
-from ..manifest import NameTemplate, digest
+from ..folder_names import NameTemplate
+from ..manifest import digest
 from ..retention import Best, KeepEverySteps, KeepRule, Last, NewerThan
 from ..triggers import (
     AnyOf,

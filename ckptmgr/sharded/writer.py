@@ -24,11 +24,12 @@ from torch.futures import Future
 from .. import __version__
 from ..draft import create_manifest, readable
 from ..errors import AlreadyExistsError, CheckpointError, ConfigError, SaveFailedError, StateMismatchError, StoreError
+from ..folder_names import guessed_step
 from ..formats.state_file import Whole
-from ..manifest import FileEntry, Manifest, guessed_step
+from ..manifest import FileEntry, Manifest
 from ..source import Source
 from ..staging import Live, is_special
-from ..state.capturing import PickleWarning
+from ..state.pickled import PickleWarning
 from ..state.shards import local
 from ..state.snapshot import FlatSnapshot
 from ..transfer import Body, write_files

@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .capturing import PickleWarning, capture, holds_sharded, non_finite
+    from .capturing import capture, holds_sharded
+    from .health import non_finite
+    from .pickled import PickleWarning
     from .ranks import PerRank, is_per_rank, per_rank
     from .recorder import Recorder
     from .restore import RestorePlan, match, materialize, unclaimed
@@ -35,7 +37,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "capturing": ("PickleWarning", "capture", "holds_sharded", "non_finite"),
+    "capturing": ("capture", "holds_sharded"),
+    "health": ("non_finite",),
+    "pickled": ("PickleWarning",),
     "ranks": ("PerRank", "is_per_rank", "per_rank"),
     "recorder": ("Recorder",),
     "restore": ("RestorePlan", "match", "materialize", "unclaimed"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,15 +16,13 @@ from torch.utils.data import DataLoader
 from ..errors import CheckpointError, ConfigError, SaveFailedError
 from .codec import encode, join, to_json
 from .names import Known, Names
+from .pickled import Pickled, class_name
 from .ranks import PerRank, is_per_rank, mark_within, sampler_epoch, unmarked
 from .rng import generators, put_back
-from .shards import has_sharded, is_sharded, local
-from .snapshot import FlatSnapshot, RankPart, Snapshot, Tree, map_leaves
-from .structure import Form, form, is_lazy, is_loose, is_special, survey
-
-
-class PickleWarning(UserWarning):
-    """A value has no plain form: it is pickled, or not saved at all. Names the value."""
+from .shards import has_sharded, is_sharded
+from .snapshot import RankPart, Snapshot, Tree
+from .structure import form, is_special, survey
+from .ties import Ties
 
 
 def capture(objects: Mapping[str, Any], only: Collection[str] | None = None, rank: int = 0) -> Snapshot:
@@ -127,10 +123,6 @@ def has_state(value: Any) -> bool:
     return not isinstance(value, type) and callable(getattr(value, "state_dict", None))
 
 
-def class_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
 def holds_sharded(objects: Mapping[str, Any]) -> bool:
     """Whether tensors among the objects are sharded over ranks: parameters of modules and optimizers, and
     those that stand in the mapping or its lists and dicts themselves."""
@@ -224,132 +216,3 @@ class _Asking:
         elif isinstance(value, DataLoader) and (epoch := sampler_epoch(value)) is not None:
             note["sampler_epoch"] = epoch
         return state, note
-
-
-class Ties:
-    """Numbers tensors: the same number for the same memory."""
-
-    def __init__(self) -> None:
-        self.tensors: list[torch.Tensor] = []  # by number
-        self.forms: list[Form] = []  # by number
-        self.numbers: dict[int, int] = {}  # by the tensors' ids
-        self._seen: dict[Any, int] = {}
-        self._alive: list[torch.Tensor] = []  # an id or an address means something only while its owner lives
-
-    def number(self, tensor: torch.Tensor) -> int:
-        own = form(tensor)
-        home = _home(tensor) if is_loose(own) else local(tensor).data_ptr()
-        key = (home, own) if home else id(tensor)
-        number = self.numbers[id(tensor)] = self._seen.setdefault(key, len(self.tensors))
-        if number == len(self.tensors):
-            is_resolved = is_lazy(own) and not is_sharded(tensor)
-            self.tensors.append(tensor.resolve_conj().resolve_neg() if is_resolved else tensor)
-            self.forms.append(own)
-        self._alive.append(tensor)
-        return number
-
-    def find(self, tensor: torch.Tensor) -> int | None:
-        """The number of a tensor with an address, if it has one."""
-        own = form(tensor)
-        return None if is_loose(own) else self._seen.get((local(tensor).data_ptr(), own))
-
-
-def _home(tensor: torch.Tensor) -> int:
-    """Where a sharded tensor of which nothing is on this rank would be: it is tied here if it is tied elsewhere."""
-    return local(tensor).untyped_storage().data_ptr() if is_sharded(tensor) else 0
-
-
-class Pickled:
-    """Collects what has no plain form, and pickles it."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, Any] = {}
-        self._nodes: dict[str, dict[str, str]] = {}
-
-    def add(self, value: Any, path: str) -> Tree:
-        if isinstance(value, PerRank):
-            raise mark_within(path)
-        key, count = path, 1
-        while key in self._values:
-            count += 1
-            key = f"{path}#{count}"
-        self._values[key] = value
-        node = self._nodes[key] = {"$object": key}
-        return node
-
-    def dump(self) -> bytes | None:
-        """The `torch.save` file of all that pickles, or None. The nodes of the rest become `$unsaved`."""
-        for key, value in list(self._values.items()):
-            try:
-                _pickle(value)
-            except Exception as exc:  # noqa: BLE001 - pickling runs the value's own code, which may raise anything
-                del self._values[key]
-                node = self._nodes[key]
-                node.clear()
-                node["$unsaved"] = class_name(value)
-                warnings.warn(
-                    f"{key} is a {class_name(value)}, which can't be pickled ({exc}): it is NOT saved",
-                    PickleWarning,
-                    stacklevel=3,
-                )
-            else:
-                warnings.warn(
-                    f"{key} is a {class_name(value)}, which has no plain form: it is pickled, and loading it needs "
-                    "trust_pickle=True; plain data or an object with state_dict() would not",
-                    PickleWarning,
-                    stacklevel=3,
-                )
-        return _pickle(self._values) if self._values else None
-
-
-def _pickle(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def non_finite(flat: FlatSnapshot) -> list[str]:
-    """The names of tensors with a value that is not finite, on this rank. Reads every floating tensor once,
-    on its device, and waits for each device once; needs no memory of the tensors' size."""
-    extremes: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
-    for number, tensor in enumerate(flat.tensors):
-        if (found := _extremes(local(tensor))) is not None:
-            extremes.setdefault(tensor.device, []).append((number, found))
-    odd: set[int] = set()
-    for device_extremes in extremes.values():
-        finite = torch.isfinite(torch.stack([pair for _, pair in device_extremes])).all(dim=1).tolist()
-        odd |= {number for (number, _), good in zip(device_extremes, finite, strict=True) if not good}
-    return names(flat, odd)
-
-
-def names(flat: FlatSnapshot, numbers: Collection[int]) -> list[str]:
-    """The names of the tensors with these numbers, all of each."""
-    found: list[str] = []
-
-    def look(leaf: Any, path: tuple[str, ...]) -> None:
-        if isinstance(leaf, dict) and leaf["$tensor"] in numbers:
-            found.append(".".join(path))
-
-    for entry, tree in flat.entries.items() if numbers else ():
-        map_leaves(tree, look, (entry,))
-    return found
-
-
-def _extremes(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The least and the greatest value: both finite if and only if all values are."""
-    tensor = tensor.detach()
-    if tensor.is_quantized or tensor.is_nested or not (tensor.is_floating_point() or tensor.is_complex()):
-        return None
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce().values()
-    elif tensor.layout != torch.strided:
-        tensor = tensor.values()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.numel() == 0:
-        return None
-    if tensor.dtype.itemsize == 1:  # small floats know no arithmetic; float4 has no infinity and no nan
-        if "float8" not in str(tensor.dtype):
-            return None
-        tensor = tensor.float()
-    return torch.stack(torch.aminmax(tensor)).double()

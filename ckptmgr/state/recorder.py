@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from .capturing import Pickled, Reader, Reading, Ties
+from .capturing import Reader, Reading
 from .codec import encode
+from .pickled import Pickled
 from .plain_tags import is_plain
 from .shards import local
 from .snapshot import FlatSnapshot, RankPart, Tree, map_leaves
 from .structure import LEAVES, TENSORS, Form, Part, form, is_lasting, is_loose, is_same_tree, is_special
+from .ties import Ties
 
 _MOST_PARTS = 64  # of an entry that are looked at one by one
 _SORTS = dict.fromkeys(TENSORS, 1) | dict.fromkeys(LEAVES, 2)

@@ -117,6 +117,19 @@ def map_leaves(tree: Tree, change: Callable[[Any, tuple[str, ...]], Any], path: 
     return change(tree, path)
 
 
+def names_of(flat: FlatSnapshot, numbers: Collection[int]) -> list[str]:
+    """The names of the tensors with these numbers, all of each."""
+    found: list[str] = []
+
+    def look(leaf: Any, path: tuple[str, ...]) -> None:
+        if isinstance(leaf, dict) and leaf["$tensor"] in numbers:
+            found.append(".".join(path))
+
+    for entry, tree in flat.entries.items() if numbers else ():
+        map_leaves(tree, look, (entry,))
+    return found
+
+
 def _label(key: Tree) -> str:
     """How a `$dict` key that may itself be a tree shows in a path."""
     if isinstance(key, list | dict):
