@@ -174,6 +174,25 @@ def test_a_drafts_names_are_made_durable_once_before_it_is_renamed(store: LocalS
     assert calls[-1] == f"fsync root/{DRAFTS}"
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no posix_fadvise here")
+@pytest.mark.parametrize("fsync", [True, False])
+def test_a_small_file_is_on_its_way_to_the_disk_before_anyone_waits_for_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch, fsync: bool
+) -> None:
+    log: list[str] = []
+    for call in ("posix_fadvise", "fsync"):
+        real = getattr(os, call)
+        monkeypatch.setattr(os, call, lambda *args, call=call, real=real: (log.append(call), real(*args)))
+    store = LocalStore(root, fsync=fsync)
+    writers = [store.writer(f"{DRAFTS}/x/{name}", 1) for name in "ab"]
+    log.clear()
+    for writer in writers:
+        writer.write_at(0, b"1")
+    for writer in writers:
+        writer.commit()
+    assert log == (["posix_fadvise"] * 2 + ["fsync"] * 2 if fsync else [])
+
+
 def test_a_file_of_a_draft_is_replaced_whole_or_not_at_all(store: LocalStore, root: Path) -> None:
     key = f"{DRAFTS}/x/a"
     store.put(key, b"first")

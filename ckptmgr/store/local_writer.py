@@ -23,8 +23,8 @@ _BOUNCE = memory.HUGE_PAGE  # bytes
 
 
 class LocalWriter:
-    """A `Writer` of a file that has its name only after `publish(temp, target)`, which makes it durable, too, if
-    it `is_synced`. Gone when dropped unended.
+    """A `Writer` of a file that is whole, and durable if it `is_synced`, after `publish(temp, target)`. Gone when
+    dropped unended.
 
     Pieces of a large file go past the page cache where the file system lets them. Once it has
     refused one, the rest goes the plain way, with the same result.
