@@ -4,41 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
-from ..store import Entry, Reader, Store, Writer
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from ..store import Store
+from .store_around import StoreAround
 
 __all__ = ["Crash", "CrashingStore", "SlowStore"]
+
+_CHANGES = {"put", "copy", "write", "write_at", "commit", "delete", "rename"}
 
 
 class Crash(BaseException):
     """The process died here, as `kill -9` would have it: no handler of errors may see it as one."""
 
 
-class _Around:
-    """A store that is another one, but for what it does to its calls."""
-
-    store: Store
-
-    @property
-    def url(self) -> str:
-        return self.store.url
-
-    @property
-    def path(self) -> Path | None:
-        return self.store.path
-
-    @property
-    def can_rename(self) -> bool:
-        return self.store.can_rename
-
-
-class CrashingStore(_Around):
+class CrashingStore(StoreAround):
     """Another store, until the `after`-th effect; there, and at every call after it, `Crash` is raised.
 
     Effects are `put`, `copy`, `writer`, `write`, `write_at`, `commit`, `delete` (each key is one) and `rename`. The one
@@ -57,55 +39,25 @@ class CrashingStore(_Around):
     def count(self) -> int:
         return len(self.log)
 
-    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+    def turn(self, method: str, key: str) -> AbstractContextManager[None]:
+        if method in _CHANGES or method == "writer":
+            return _Effect(self, method, key)
         self.check()
-        return self.store.get(key, start, end)
-
-    def put(self, key: str, data: Buffer, *, create: bool = False) -> None:
-        with self.effect("put", key):
-            self.store.put(key, data, create=create)
-
-    def reader(self, key: str) -> Reader:
-        self.check()
-        return _CrashingReader(self, self.store.reader(key))
-
-    def writer(self, key: str, size: int | None = None) -> Writer:
-        with self.effect("writer", key):
-            return _CrashingWriter(self, key, self.store.writer(key, size))
-
-    def copy(self, source: str, target: str) -> bool:
-        with self.effect("copy", target):
-            return self.store.copy(source, target)
-
-    def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
-        self.check()
-        return self.store.list(folder, recursive=recursive)
-
-    def stat(self, key: str) -> Entry | None:
-        self.check()
-        return self.store.stat(key)
+        return nullcontext()
 
     def delete(self, keys: Iterable[str]) -> None:
-        self.check()
-        for key in keys:
-            with self.effect("delete", key):
-                self.store.delete([key])
-
-    def rename(self, source: str, target: str) -> None:
-        with self.effect("rename", source):
-            self.store.rename(source, target)
+        self.check()  # there may be no keys
+        super().delete(keys)
 
     def check(self) -> None:
         """Raises `Crash` when the crash has been."""
         if self._dead:
             raise Crash("a dead process does nothing more")
 
-    def effect(self, method: str, key: str) -> _Effect:
-        """A block that is one effect: counted, and crashed when it is its turn."""
-        return _Effect(self, method, key)
 
+class _Effect(AbstractContextManager[None]):
+    """A block that is one effect: counted, and crashed when it is its turn."""
 
-class _Effect:
     def __init__(self, store: CrashingStore, method: str, key: str) -> None:
         self._store, self._method, self._key = store, method, key
         self._last = False
@@ -124,48 +76,7 @@ class _Effect:
             raise Crash(f"after {self._method} {self._key}")
 
 
-class _CrashingReader:
-    def __init__(self, store: CrashingStore, reader: Reader) -> None:
-        self._store, self._reader = store, reader
-
-    def is_cached(self, start: int, end: int) -> bool:
-        self._store.check()
-        return self._reader.is_cached(start, end)
-
-    def read_into(self, start: int, buffers: Sequence[Buffer]) -> int:
-        self._store.check()
-        return self._reader.read_into(start, buffers)
-
-    def close(self) -> None:
-        self._reader.close()
-
-
-class _CrashingWriter:
-    def __init__(self, store: CrashingStore, key: str, writer: Writer) -> None:
-        self._store, self._key, self._writer = store, key, writer
-
-    @property
-    def is_positional(self) -> bool:
-        return self._writer.is_positional
-
-    def write(self, data: Buffer) -> None:
-        with self._store.effect("write", self._key):
-            self._writer.write(data)
-
-    def write_at(self, offset: int, data: Buffer) -> None:
-        with self._store.effect("write_at", self._key):
-            self._writer.write_at(offset, data)
-
-    def commit(self) -> None:
-        with self._store.effect("commit", self._key):
-            self._writer.commit()
-
-    def abort(self) -> None:
-        self._store.check()
-        self._writer.abort()
-
-
-class SlowStore(_Around):
+class SlowStore(StoreAround):
     """Another store whose effects wait: `delay_s` seconds each, and until `gate` is set where one is given.
 
     A test holds a save in the background by a gate that it sets when it has seen enough; no sleep is needed.
@@ -175,36 +86,10 @@ class SlowStore(_Around):
         self.store, self.delay_s, self.gate = store, delay_s, gate
         self.waiting = threading.Event()  # set once an effect waits at the gate
 
-    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
-        return self.store.get(key, start, end)
-
-    def put(self, key: str, data: Buffer, *, create: bool = False) -> None:
-        self.wait()
-        self.store.put(key, data, create=create)
-
-    def reader(self, key: str) -> Reader:
-        return self.store.reader(key)
-
-    def writer(self, key: str, size: int | None = None) -> Writer:
-        return _SlowWriter(self, self.store.writer(key, size))
-
-    def copy(self, source: str, target: str) -> bool:
-        self.wait()
-        return self.store.copy(source, target)
-
-    def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
-        return self.store.list(folder, recursive=recursive)
-
-    def stat(self, key: str) -> Entry | None:
-        return self.store.stat(key)
-
-    def delete(self, keys: Iterable[str]) -> None:
-        self.wait()
-        self.store.delete(keys)
-
-    def rename(self, source: str, target: str) -> None:
-        self.wait()
-        self.store.rename(source, target)
+    def turn(self, method: str, key: str) -> AbstractContextManager[None]:
+        if method in _CHANGES:
+            self.wait()
+        return nullcontext()
 
     def wait(self) -> None:
         if self.delay_s:
@@ -212,27 +97,3 @@ class SlowStore(_Around):
         if self.gate is not None:
             self.waiting.set()
             self.gate.wait()
-
-
-class _SlowWriter:
-    def __init__(self, store: SlowStore, writer: Writer) -> None:
-        self._store, self._writer = store, writer
-
-    @property
-    def is_positional(self) -> bool:
-        return self._writer.is_positional
-
-    def write(self, data: Buffer) -> None:
-        self._store.wait()
-        self._writer.write(data)
-
-    def write_at(self, offset: int, data: Buffer) -> None:
-        self._store.wait()
-        self._writer.write_at(offset, data)
-
-    def commit(self) -> None:
-        self._store.wait()
-        self._writer.commit()
-
-    def abort(self) -> None:
-        self._writer.abort()
