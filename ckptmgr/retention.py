@@ -193,12 +193,13 @@ def plan(
         return "no rule keeps it" if _is_healthy(info) else "unhealthy"
 
     keeps = {info.name for info in ordered if reasons[info.name] and info.name not in gone}
+    free = keeps - must - pinned.keys()
     return Plan(
         keep=tuple(Verdict(info, tuple(reasons[info.name])) for info in ordered if info.name in keeps),
         drop=tuple(Verdict(info, (lost(info),)) for info in ordered if info.name not in keeps),
         over_bytes=over,
         must=tuple(info for info in ordered if info.name in must),
-        spare=tuple(sorted((i for i in ordered if i.name in keeps - must - pinned.keys()), key=turn)),
+        spare=tuple(sorted((info for info in ordered if info.name in free), key=turn)),
     )
 
 
