@@ -100,14 +100,6 @@ def write_at(fd: int, offset: int, view: memoryview, one_at_a_time: threading.Lo
         view, offset = view[count:], offset + count
 
 
-def begin_to_sync(fd: int) -> None:
-    """Have the system begin to write to the disk what it holds of a file, without waiting: several files that are
-    begun together take less time to sync one by one. Changes nothing where the system can't."""
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what was not written yet, Linux begins to write
-
-
 def read_at(fd: int, start: int, views: Sequence[memoryview], one_at_a_time: threading.Lock) -> int:
     """Fill the views one after the other; the number of bytes, less than there is room only at the file's end."""
     left, done, first = [view for view in views if view.nbytes], 0, 0

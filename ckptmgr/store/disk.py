@@ -41,6 +41,14 @@ def sync_file(fd: int) -> None:
     os.fsync(fd)
 
 
+def begin_to_sync(fd: int) -> None:
+    """Have the system begin to write to the disk what it holds of a file, without waiting: several files that are
+    begun together take less time to sync one by one. Changes nothing where the system can't."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # what was not written yet, Linux begins to write
+
+
 def sync_folder(folder: str | Path) -> None:
     """Wait until a folder's entries are on the disk, where the file system knows how to."""
     if os.name == "nt":  # Windows opens no folders; NTFS journals its entries
@@ -72,7 +80,7 @@ def make_folders(folder: Path) -> None:
         sync_folder(each.parent)
 
 
-def create_file(path: str | Path) -> int:
+def create_file(path: str) -> int:
     """A descriptor of a file that did not exist before. Follows no link."""
     return os.open(path, _CREATE, 0o666)
 

@@ -15,12 +15,12 @@ from ..errors import AlreadyExistsError, ConfigError, NotFoundError
 from . import DRAFTS, Entry
 from .arguments import as_bytes, checked_folder, checked_key
 from .disk import NO_LINKS, TempFile, claim, edge, explain, open_file, sync_folder
-from .folder_scan import scan
+from .folder_scan import folders_below, scan
 from .leftovers import temp_name
 from .local_reader import LocalReader
 from .local_writer import LocalWriter
 from .mounts import can_rename_folders
-from .removal import names_first, remove_file, wait_for_space
+from .removal import names_first, remove, wait_for_space
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -61,14 +61,14 @@ class LocalStore:
         self._can_rename: bool | None = None
 
     def __repr__(self) -> str:
-        return f"LocalStore({str(self._path)!r})" if self._fsync else f"LocalStore({str(self._path)!r}, fsync=False)"
+        return f"LocalStore({self._top!r})" if self._fsync else f"LocalStore({self._top!r}, fsync=False)"
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[Path, bool]]:
         return LocalStore, (self._path, self._fsync)
 
     @property
     def url(self) -> str:
-        return str(self._path)
+        return self._top
 
     @property
     def path(self) -> Path | None:
@@ -168,7 +168,7 @@ class LocalStore:
             checked_key(key.removesuffix("/"))
             path = self._locate(key)
             with edge("delete", path):
-                _remove(path, tree=key.endswith("/"))
+                remove(path, tree=key.endswith("/"))
                 if _is_folder(_parent(path)):  # also where nothing was: an earlier attempt may not have come so far
                     touched.add(_parent(path))
         changed = set()
@@ -188,7 +188,7 @@ class LocalStore:
                 raise NotFoundError(f"{old} is not there to be renamed to {new}")
             if os.path.lexists(new):  # a folder would go over an empty one without a word
                 raise AlreadyExistsError(f"{new} exists already; {old} was not renamed")
-            for folder, _ in reversed(_below(old)) if self._fsync else ():
+            for folder, _ in reversed(folders_below(old)) if self._fsync else ():
                 sync_folder(folder)
             self._make(_parent(new))
             try:
@@ -237,7 +237,7 @@ class LocalStore:
     def _make(self, folder: str) -> None:
         """Make a folder with its parents, each entry durable. Below the root this is done once even
         for one that exists: whoever made it may not have got round to it yet."""
-        if folder in self._durable or (len(folder) < len(self._top) and _is_folder(folder)):
+        if folder in self._durable or (not folder.startswith(self._top) and _is_folder(folder)):
             return
         if folder != self._top or not _is_folder(folder):
             self._make(_parent(folder))
@@ -324,35 +324,3 @@ def _is_folder(path: str) -> bool:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def _remove(path: str, *, tree: bool) -> None:
-    """Remove a file, or with `tree` a folder with everything below it, where there is one."""
-    found = _lstat(path)
-    if found is None or stat.S_ISDIR(found.st_mode) != tree:
-        return
-    if not tree:
-        remove_file(path)
-        return
-    for folder, files in reversed(_below(path)):
-        for file in files:
-            remove_file(file)
-        try:
-            os.rmdir(folder)
-        except OSError:
-            # NFS keeps what another process has open under such a name until it is closed.
-            with os.scandir(folder) as children:
-                if not all(child.name.startswith(".nfs") or child.is_dir() for child in children):
-                    raise
-
-
-def _below(path: str) -> list[tuple[str, list[str]]]:
-    """A folder and those in it, however deep, each before those in it, with what else is in each. Follows no link."""
-    found, left = [], [path]
-    while left:
-        folder, files = left.pop(), list[str]()
-        with suppress(OSError), os.scandir(folder) as children:
-            for child in children:
-                (left if child.is_dir(follow_symlinks=False) else files).append(child.path)
-        found.append((folder, files))
-    return found

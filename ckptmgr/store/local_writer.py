@@ -12,8 +12,8 @@ from .. import memory
 from ..errors import StoreError
 from . import BLOCK
 from .arguments import as_bytes
-from .direct_io import LARGE, begin_to_sync, is_aligned, is_refusal, preallocate, set_direct, write_at
-from .disk import InUse, TempFile, edge
+from .direct_io import LARGE, is_aligned, is_refusal, preallocate, set_direct, write_at
+from .disk import InUse, TempFile, begin_to_sync, edge
 from .placement import Placement, check_size
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class LocalWriter:
         size: int | None,
         publish: Callable[[TempFile, str], None],
         *,
-        is_synced: bool = True,
+        is_synced: bool,
     ) -> None:
         self._temp, self._target, self._size, self._publish = temp, target, size, publish
         self._is_synced = is_synced

@@ -1,4 +1,4 @@
-"""How does a large file go without anyone waiting for it? Its name at once, its blocks in a thread of their own.
+"""How do files go without anyone waiting for it? Names at once, the blocks of large ones in a thread of their own.
 
 A file system frees the blocks of a file when the last descriptor of it is closed, which takes a
 tenth of a second per GiB and more. Whoever deletes a checkpoint waits only for the names, all of which
@@ -8,11 +8,13 @@ go before the first block: a journal has the one wait for the other.
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from .disk import open_file
+from .folder_scan import folders_below
 
 _LARGE = 4 << 20  # bytes
 _MOST = 64  # descriptors that are held back
@@ -22,7 +24,30 @@ _holds: set[object] = set()
 _freeing: set[threading.Thread] = set()
 
 
-def remove_file(path: str) -> None:
+def remove(path: str, *, tree: bool) -> None:
+    """Remove a file, or with `tree` a folder with everything below it, where there is one."""
+    try:
+        is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if is_folder != tree:
+        return
+    if not tree:
+        _remove_file(path)
+        return
+    for folder, files in reversed(folders_below(path)):
+        for file in files:
+            _remove_file(file)
+        try:
+            os.rmdir(folder)
+        except OSError:
+            # NFS keeps what another process has open under such a name until it is closed.
+            with os.scandir(folder) as children:
+                if not all(child.name.startswith(".nfs") or child.is_dir() for child in children):
+                    raise
+
+
+def _remove_file(path: str) -> None:
     """Remove a file's name; of a large one the space is free a little later, at the latest when the
     process ends. A missing file is no error. Raises `OSError`."""
     try:
