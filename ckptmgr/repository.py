@@ -80,7 +80,7 @@ class Repository:
     def listing(self, last_attempt: int | None = None) -> Listing:
         """What is there now, to be read as far as it is asked for. `last_attempt` is the highest that a
         checkpoint can have, where the caller knows better than the records of the writer's lock."""
-        folders = [entry.key for entry in self.store.list() if entry.is_folder]
+        folders = self.store.folders()
         del folders[bisect_left(folders, ".") : bisect_left(folders, "/")]  # those that begin with a dot
         if self.store.path is None:  # a listing may lag behind, and what it lacks is the newest
             named = self.pointer()
@@ -92,7 +92,7 @@ class Repository:
 
     def records(self) -> tuple[list[Pin], dict[tuple[str, str], str]]:
         """The pins, and what is known to be damaged, by folder and nonce with the reason, as they are now."""
-        there = {entry.name for entry in self.store.list(FOLDER)}
+        there = self.store.folders(FOLDER)
         pins = self._pins.read() if "pins" in there else []
         return pins, self._records.damaged() if "damaged" in there else {}
 

@@ -1,7 +1,7 @@
 """Where do bytes live? The `Store` protocol: bytes under keys, at a root URL.
 
 A key is a relative path with "/" between its parts. Everything above this package speaks to a
-store only through these nine methods and three attributes; `ckptmgr.testing.StoreContract` holds
+store only through these ten methods and three attributes; `ckptmgr.testing.StoreContract` holds
 what they promise, for any store.
 """
 
@@ -21,7 +21,7 @@ DRAFTS = ".ckptmgr/drafts"  # where a folder is filled that is going to be renam
 BLOCK = 4096  # bytes; what disks and file systems read and write at a time
 
 
-class Entry(NamedTuple):  # a root may hold ten thousand, and a dataclass takes twice the time to make
+class Entry(NamedTuple):  # a folder may hold ten thousand, and a dataclass takes twice the time to make
     """One thing in a listing.
 
     `key` is relative to the store's root; `size` is in bytes (0 for a folder); `modified` is in
@@ -119,6 +119,9 @@ class Store(Protocol):
         machine: a hard link, a copy made by the server. Durable at return, like `put`. False, and
         nothing done, where the store can't; raises `NotFoundError` without a source and
         `AlreadyExistsError` when `target` exists."""
+
+    def folders(self, folder: str = "") -> list[str]:
+        """The names of the folders that `list` would show, sorted. A root may hold ten thousand checkpoints."""
 
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
         """What is in a folder, sorted by key: files and folders one level down, or with

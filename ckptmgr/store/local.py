@@ -15,7 +15,7 @@ from ..errors import AlreadyExistsError, ConfigError, NotFoundError
 from . import DRAFTS, Entry
 from .arguments import as_bytes, checked_folder, checked_key
 from .disk import NO_LINKS, TempFile, claim, edge, explain, open_file, sync_folder
-from .folder_scan import folders_below, scan
+from .folder_scan import folders_below, folders_in, scan
 from .leftovers import temp_name
 from .local_reader import LocalReader
 from .local_writer import LocalWriter
@@ -139,6 +139,11 @@ class LocalStore:
                     return False
             self._sync(_parent(new))
         return True
+
+    def folders(self, folder: str = "") -> list[str]:  # no entries are made, which takes as long as the look
+        top = self._locate(f"{checked_folder(folder)}/")
+        with edge("list", top):
+            return sorted(folders_in(top))
 
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
         top = self._locate(f"{checked_folder(folder)}/")

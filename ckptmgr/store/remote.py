@@ -115,6 +115,9 @@ class FsspecStore:
                 raise AlreadyExistsError(f"{self.url}/{target} exists already and was left as it is")
             return dialect.copy(old, new, found.size)
 
+    def folders(self, folder: str = "") -> list[str]:
+        return [entry.name for entry in self.list(folder) if entry.is_folder]
+
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
         prefix = self._name(f"{checked_folder(folder)}/" if folder else "")
         with self._edge("list", folder) as dialect:

@@ -25,6 +25,13 @@ class ListingContract:
         assert _shape(store.list("a", recursive=True)) == [("a/b/two", 5, False), ("a/one", 5, False)]
         assert [e.key for e in store.list(recursive=True)] == ["a/b/two", "a/one", "c/three", "latest"]
 
+    def test_the_names_of_folders_are_those_of_the_listing(self, store: Store) -> None:
+        for key in ("latest", "a-1/one", "a/one", "a/b/two", "a/c/deep/three", ".dots/four"):
+            store.put(key, b"12345")
+        for folder in ("", "a", "a/c", "a/b", "missing", "latest"):
+            assert store.folders(folder) == [entry.name for entry in store.list(folder) if entry.is_folder]
+        assert (store.folders(), store.folders("a")) == ([".dots", "a", "a-1"], ["b", "c"])
+
     def test_a_folder_is_matched_whole(self, store: Store) -> None:
         for key in ("step-1/a", "step-10/a", "step-1.bak"):
             store.put(key, b"1")

@@ -73,6 +73,9 @@ class MemoryStore:
             self.objects[target] = (found[0], time.time())
         return True
 
+    def folders(self, folder: str = "") -> list[str]:
+        return [entry.name for entry in self.list(folder) if entry.is_folder]
+
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
         start = f"{checked_folder(folder)}/" if folder else ""
         entries: dict[str, Entry] = {}

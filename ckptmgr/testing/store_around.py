@@ -55,6 +55,10 @@ class StoreAround:
         with self.turn("copy", target):
             return self.store.copy(source, target)
 
+    def folders(self, folder: str = "") -> list[str]:
+        with self.turn("folders", folder):
+            return self.store.folders(folder)
+
     def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
         with self.turn("list", folder):
             return self.store.list(folder, recursive=recursive)
