@@ -98,7 +98,8 @@ class Committer:
 
     def commit(self, draft: Draft, about: Manifest, request: Request) -> CheckpointInfo:
         """Make the draft a checkpoint. Raises `FencedError` also when another writer took over while it became one."""
-        info = draft.commit(about, self._verify, self._run.check, pin=request.pin)
+        with self._run.repository.about_to_point(draft.name):
+            info = draft.commit(about, self._verify, self._run.check, pin=request.pin)
         self._run.check_quietly()  # it is there, whatever the store says now
         return info
 

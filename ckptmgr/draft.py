@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ from .source import Source
 from .store import DRAFTS, Store, Writer
 from .store.disk import edge, sync_folder
 from .store.leftovers import remove_unfinished
-from .transfer import Body, write_files
+from .transfer import Body, commit_all, write_files
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -79,6 +79,7 @@ class Draft:
         self._folder = self._record if rename else name
         self._prefix = "" if rename else f"{nonce}/"
         self._files: dict[str, FileEntry] = {}
+        self._whole: Sequence[Writer] = ()  # of small files: committed together, with the manifest as the last one
         self.needed = 0  # the most bytes for which room was found to be needed
         if not rename and not is_begun:
             try:
@@ -107,15 +108,25 @@ class Draft:
         self.needed = max(self.needed, check_room(self._store, self.name, sizes))
 
     def write(self, bodies: Mapping[str, Body]) -> None:
-        """New files of the checkpoint, complete at return; blocks. When it raises, the draft is to be aborted:
-        `StoreFullError` before the first byte where they do not fit."""
+        """New files of the checkpoint, complete at the `commit`, or at `finish`; blocks. When it raises, the draft is
+        to be aborted: `StoreFullError` before the first byte where they do not fit."""
         self.check_room(body.size for body in bodies.values())
         own = {self._own_name(name): name for name in bodies}
         entries = write_files(
             {each: bodies[name] for each, name in own.items()},
             lambda each, size: self._store.writer(self._key(each), size),
+            self._put_off,
         )
         self._files |= {own[each]: entry for each, entry in entries.items()}
+
+    def _put_off(self, whole: Sequence[Writer]) -> None:
+        """Commit these small files as late as can be: until then the disk takes them while something else is done."""
+        before, self._whole = self._whole, whole
+        commit_all(before)
+
+    def finish(self) -> None:
+        """Complete what was written so far, durably; blocks. For a rank that makes no commit: `commit` does it, too."""
+        self._put_off(())
 
     def link(self, name: str, source_key: str, entry: FileEntry) -> bool:
         """A new file of the checkpoint with the bytes of one that the store has under `source_key`: its
@@ -175,13 +186,16 @@ class Draft:
         """
         manifest = dataclasses.replace(manifest, nonce=self.nonce, files=tuple(self._files.values()))
         data = readable(manifest)
+        key = f"{self._folder}/{MANIFEST_NAME}"
+        if self._rename:
+            writer = self._store.writer(key, len(data))
+            self._whole = (*self._whole, writer)
+            writer.write(data)
+        self.finish()
         if problems := Source(self._store, self._folder, manifest).problems(verify):
             what = "; ".join(map(str, problems))
             raise StoreError(f"{self._store.url} does not hold what was written to {self.name}: {what}")
-        key = f"{self._folder}/{MANIFEST_NAME}"
         pins = (Pin(self.name, self.nonce, manifest.step),) if pin else ()
-        if self._rename:
-            self._store.put(key, data)
         for each in pins:
             Pins(self._store).put(each)  # before the commit: no checkpoint is ever without a pin it was to have
         check()
@@ -197,6 +211,8 @@ class Draft:
 
     def abort(self) -> None:
         """Remove what was written. Never raises: what can't be removed now is left to a sweep."""
+        for writer in self._whole:
+            writer.abort()
         try:
             discard(self._store, self.name, self.nonce)
         except CheckpointError as exc:

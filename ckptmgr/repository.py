@@ -16,7 +16,8 @@ import logging
 import operator
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import islice
 
@@ -30,7 +31,7 @@ from .manifest import MANIFEST_NAME, CheckpointInfo, Pin
 from .pins import Pins, check_free
 from .records import FOLDER, Aside, Records, is_refused, new_nonce
 from .source import Problem, Source
-from .store import Store
+from .store import Store, Writer
 from .sweep import Sweep
 from .trash import Trash
 from .untrusted import FOLDER_NAME
@@ -61,6 +62,7 @@ class Repository:
         self._trash = Trash(store, self._records, self._pins, self._templates)
         self._sweep = Sweep(store, self._records, self._pins, self._trash, self._fences, self._can_spare)
         self._pointer = pointer
+        self._pointing: tuple[str, Writer] | None = None  # what `point` is going to say, begun
         self._commit = commit
 
     @property
@@ -185,15 +187,40 @@ class Repository:
                 raise
         return True
 
+    @contextmanager
+    def about_to_point(self, name: str) -> Iterator[None]:
+        """A block after which `point(name)` comes, unless it raises. On a disk what the pointer will say is on its way
+        by then, beside what the block writes, and `point` takes half the time."""
+        self._forget_pointing()
+        if self.store.path is not None:
+            data = _pointing_at(name)
+            with suppress(StoreError):  # `point` will meet it, too
+                self._pointing = name, self.store.writer(self._pointer, len(data))
+                self._pointing[1].write(data)
+        try:
+            yield
+        except BaseException:
+            self._forget_pointing()
+            raise
+
+    def _forget_pointing(self) -> None:
+        if self._pointing is not None:
+            self._pointing[1].abort()
+            self._pointing = None
+
     def point(self, name: str | None) -> None:
         """Move the pointer: a hint, so its failure is a warning."""
         try:
             if name is None:
                 self.store.delete([self._pointer])
+            elif self._pointing is not None and self._pointing[0] == name:
+                self._pointing[1].commit()
             else:
-                self.store.put(self._pointer, f"{name}\n".encode())
+                self.store.put(self._pointer, _pointing_at(name))
         except StoreError as exc:
             _log.warning("pointer.put.failed key=%s name=%s cause=%s", self._pointer, name, exc)
+        finally:
+            self._forget_pointing()
 
     # How one goes
 
@@ -346,6 +373,10 @@ def _passed(check: Callable[[], None]) -> Callable[[], bool]:
         return True
 
     return passed
+
+
+def _pointing_at(name: str) -> bytes:
+    return f"{name}\n".encode()
 
 
 def _as_step(which: int | str) -> int | None:

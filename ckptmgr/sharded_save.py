@@ -153,4 +153,5 @@ class ShardedSave:
         assert self._held is not None
         rows = self._plan.write(self._flat, self._held, draft)
         refuse_changed(self._held, self._flat)
+        draft.finish()
         return rows

@@ -8,7 +8,7 @@ bounded and no Python runs per byte. This file writes; `scatter` reads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -123,24 +123,45 @@ class Crew:
             self.changed.notify_all()
 
 
-def write_files(bodies: Mapping[str, Body], open_writer: Callable[[str, int], Writer]) -> dict[str, FileEntry]:
+def commit_all(writers: Sequence[Writer]) -> None:
+    """Commit them, one after the other. When one fails, those that are left are aborted, and its error is raised."""
+    left = [*writers]
+    try:
+        while left:
+            left[0].commit()
+            del left[0]
+    finally:
+        for writer in left:
+            writer.abort()
+
+
+def write_files(
+    bodies: Mapping[str, Body],
+    open_writer: Callable[[str, int], Writer],
+    commit: Callable[[Sequence[Writer]], None] = commit_all,
+) -> dict[str, FileEntry]:
     """Write whole files by name; at return they are complete and durable. Answers their entries.
 
     `open_writer` is given a name and a size in bytes. When anything fails, every file that is not
-    complete is aborted, and the first error is raised.
+    complete is aborted, and the first error is raised. Small files are given to `commit`, some at a time, to be
+    committed together; one that puts it off has files that are complete and durable only then.
     """
     writing = threading.Semaphore(_WRITES)
     files = [_File(name, body, writing) for name, body in bodies.items()]
     try:
-        write = _write_many if sum(file.body.size for file in files) >= SMALL else _write_few
-        write(files, open_writer)
+        if sum(file.body.size for file in files) >= SMALL:
+            _write_many(files, open_writer)
+        else:
+            _write_few(files, open_writer, commit)
     finally:
         for file in files:
             file.abort()
     return {file.name: file.entry() for file in files}
 
 
-def _write_few(files: list[_File], open_writer: Callable[[str, int], Writer]) -> None:
+def _write_few(
+    files: list[_File], open_writer: Callable[[str, int], Writer], commit: Callable[[Sequence[Writer]], None]
+) -> None:
     """Few bytes, in this thread. Files are committed together: a disk takes several in less time than one by one."""
     crew, scratch = Crew(), buffer(min(CHUNK, max((file.body.size for file in files), default=0)))
     for first in range(0, len(files), _TOGETHER):
@@ -148,8 +169,7 @@ def _write_few(files: list[_File], open_writer: Callable[[str, int], Writer]) ->
         for file in group:
             file.open(open_writer)
             file.write(range(file.count), scratch, crew)
-        for file in group:
-            file.commit()
+        commit([file.take() for file in group])
 
 
 def _write_many(files: list[_File], open_writer: Callable[[str, int], Writer]) -> None:
@@ -234,9 +254,13 @@ class _File:
             return not self._left
 
     def commit(self) -> None:
-        assert self.writer is not None
-        self.writer.commit()
-        self.writer = None
+        commit_all([self.take()])
+
+    def take(self) -> Writer:
+        """The writer, for the caller to end."""
+        writer, self.writer = self.writer, None
+        assert writer is not None
+        return writer
 
     def _write_piece(self, writer: Writer, start: int, stop: int, scratch: memoryview, crew: Crew) -> bytes:
         piece_digest = xxhash.xxh3_128()

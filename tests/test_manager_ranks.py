@@ -596,6 +596,35 @@ def resume_whole_or_sharded(root: str, kind: str) -> int:
         return mgr.resume(model).step
 
 
+def files_made_durable(root: str) -> list[str]:
+    """The files of a sharded save that this rank has seen to the disk."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Linear(8, 4)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+        fsync(descriptor)
+
+    with CheckpointManager(root, background=False) as mgr:
+        mgr.resume()
+        os.fsync = noted
+        mgr.save({"model": model}, 1)
+        os.fsync = fsync
+    return [Path(path).name for path in synced]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the names of open files")
+def test_every_rank_makes_its_own_small_files_durable(tmp_path: Path) -> None:
+    synced = values(run(files_made_durable, 2, str(tmp_path)))
+    written = {path.name for path in tmp_path.glob("step-*/__*.distcp")}
+    assert [sorted(written & set(names)) for names in synced] == [["__0_0.distcp"], ["__1_0.distcp"]]
+
+
 def commit_on_s3(url: str, options: dict[str, Any], step: int) -> list[int]:
     with CheckpointManager(url, storage={"options": options}, run="one") as mgr:
         mgr.resume()

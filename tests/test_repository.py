@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -82,6 +83,61 @@ def test_nothing_of_a_draft_is_a_checkpoint_before_its_commit(repository: Reposi
     assert repository.infos() == []
     draft.abort()
     assert keys(repository.store) == set()
+
+
+def test_small_files_are_whole_at_the_commit_or_when_their_rank_finishes_them(repository: Repository) -> None:
+    store = repository.store
+    first = repository.begin(3, None, "run")
+    other = repository.join(first.name, first.nonce)  # on another rank
+    first.write({"a.bin": _Body(b"a")})
+    other.write({"b.bin": _Body(b"b")})
+    assert not {key for key in keys(store) if store.path is None and key.endswith(".bin")}
+    other.finish()
+    assert [key for key in keys(store) if key.endswith("b.bin")]
+    first.adopt(other.entries)
+    info = first.commit(about(3), verify="full")
+    assert repository.verify(info) == []
+
+
+def test_an_aborted_draft_leaves_nothing_of_files_that_were_not_finished(repository: Repository) -> None:
+    draft = repository.begin(3, None, "run")
+    draft.write({"a.bin": _Body(b"a")})
+    draft.abort()
+    assert keys(repository.store) == set()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no posix_fadvise here")
+def test_all_that_a_small_save_writes_is_on_its_way_to_the_disk_before_any_of_it_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = Repository(LocalStore(tmp_path / "root"))
+    repository.point(commit(repository, 1).name)
+    log: list[str] = []
+    for call in ("posix_fadvise", "fsync"):
+        real = getattr(os, call)
+        monkeypatch.setattr(os, call, lambda *args, call=call, real=real: (log.append(call), real(*args)))
+    draft = repository.begin(2, None, "run")
+    draft.write({"a.bin": _Body(b"a"), "b.bin": _Body(b"b")})
+    with repository.about_to_point(draft.name):
+        draft.commit(about(2))
+    repository.point(draft.name)
+    begun, *waits = [call for call, _ in itertools.groupby(log)]
+    assert (begun, waits) == ("posix_fadvise", ["fsync"])
+    assert log.count("posix_fadvise") == 4  # two files, the manifest and the pointer
+    assert repository.pointer() == draft.name
+
+
+def test_a_pointer_that_was_begun_is_given_up_with_its_save_or_for_another(tmp_path: Path) -> None:
+    repository = Repository(LocalStore(tmp_path / "root"))
+    repository.point(commit(repository, 1).name)
+    with pytest.raises(FencedError), repository.about_to_point("step-00000002"):
+        raise FencedError("another writer")
+    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == [".ckptmgr", "latest", "step-00000001"]
+    with repository.about_to_point("step-00000003"):
+        pass
+    repository.point("step-00000001")
+    assert repository.pointer() == "step-00000001"
+    assert sorted(path.name for path in (tmp_path / "root").iterdir()) == [".ckptmgr", "latest", "step-00000001"]
 
 
 def test_an_exception_while_a_file_is_written_leaves_nothing_of_it(repository: Repository) -> None:

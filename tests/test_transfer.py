@@ -226,6 +226,21 @@ def test_a_little_is_written_by_the_caller_alone_and_committed_together(monkeypa
     assert threads == {threading.current_thread()}
 
 
+def test_small_files_that_were_not_committed_are_given_up_when_one_can_not_be() -> None:
+    events: list[tuple[Any, ...]] = []
+
+    class Broken(Recorder):
+        def commit(self) -> None:
+            super().commit()
+            if self.name == "b":
+                raise OSError("no commit")
+
+    with pytest.raises(OSError, match="no commit"):
+        write_files({name: Lying(noise(5)) for name in "abc"}, lambda name, _: Broken(events, name, True))
+    ends = [event for event in events if event[0] in ("commit", "abort")]
+    assert ends == [("commit", "a"), ("commit", "b"), ("abort", "b"), ("abort", "c")]
+
+
 class Failing(Lying):
     """Fails when the byte at `at` is asked for."""
 

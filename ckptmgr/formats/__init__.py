@@ -34,7 +34,7 @@ class FileSink(Protocol):
         """A new file; complete when the block ends, gone when the block raises."""
 
     def write(self, bodies: Mapping[str, Body]) -> None:
-        """Whole files by name, as fast as the store takes them; complete at return. Blocks."""
+        """Whole files by name, as fast as the store takes them; complete at return, or with the draft. Blocks."""
 
 
 class FileSource(Protocol):

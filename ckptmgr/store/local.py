@@ -231,6 +231,10 @@ class LocalStore:
     def _locate(self, key: str) -> str:
         """The path of a checked key. Raises `StoreError` where a folder on the way is a symbolic
         link; with a "/" at the end, also where the last one is."""
+        folder, _, last = key.rpartition("/")
+        path = os.path.join(self._top, folder)
+        if path in self._durable and self._is_in_draft(path):  # made by this save, and asked for a dozen times
+            return os.path.join(path, last) if last else path
         path = self._top
         *folders, last = key.split("/")
         for name in filter(None, folders):

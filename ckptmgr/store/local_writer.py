@@ -65,6 +65,7 @@ class LocalWriter:
                 raise StoreError(f"pieces of {self._target} were placed: place the others, too, or begin a new one")
             self._temp.write(view)
             self._count += view.nbytes
+            self._begin_to_sync(self._count)
 
     def write_at(self, offset: int, data: Buffer) -> None:
         view = as_bytes(data)
@@ -78,8 +79,7 @@ class LocalWriter:
             else:
                 write_at(self._temp.fd, offset, view, self._lock)
             self._placement.add(offset, view.nbytes)
-            if self._is_synced and view.nbytes == self._size:
-                begin_to_sync(self._temp.fd)
+            self._begin_to_sync(view.nbytes)
 
     def commit(self) -> None:
         with self._at_work(self._count):
@@ -103,6 +103,11 @@ class LocalWriter:
                 yield
         except LookupError:
             raise StoreError(f"the writer of {self._target} has ended; begin a new one") from None
+
+    def _begin_to_sync(self, written: int) -> None:
+        """If the whole file is written: by one call, or in order."""
+        if self._is_synced and written == self._size:
+            begin_to_sync(self._temp.fd)
 
     def _goes_direct(self) -> bool:
         with self._lock:
