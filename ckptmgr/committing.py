@@ -98,9 +98,14 @@ class Committer:
 
     def commit(self, draft: Draft, about: Manifest, request: Request) -> CheckpointInfo:
         """Make the draft a checkpoint. Raises `FencedError` also when another writer took over while it became one."""
-        with self._run.repository.about_to_point(draft.name):
-            info = draft.commit(about, self._verify, self._run.check, pin=request.pin)
-        self._run.check_quietly()  # it is there, whatever the store says now
+        repository = self._run.repository
+        begin_to_point = partial(repository.begin_to_point, draft.name)
+        try:
+            info = draft.commit(about, self._verify, self._run.check, pin=request.pin, beside=begin_to_point)
+            self._run.check_quietly()  # it is there, whatever the store says now
+        except BaseException:
+            repository.forget_pointing()
+            raise
         return info
 
     def committed(self, info: CheckpointInfo, request: Request) -> None:

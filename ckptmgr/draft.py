@@ -174,15 +174,17 @@ class Draft:
         check: Callable[[], None] = lambda: None,
         *,
         pin: bool = False,
+        beside: Callable[[], None] = lambda: None,
     ) -> CheckpointInfo:
         """Make the draft a checkpoint; at return it is durable.
 
         `manifest` comes without files, which the draft fills in. `verify` looks at what the store
         holds first: `off`, `size` (compare sizes) or `full` (read everything back). `check` is called
-        right before the decisive step, and raises `FencedError` when the writer's lock is lost. With
-        `pin` the checkpoint is pinned from its first moment. Raises `AlreadyExistsError` when the name
-        is taken, `ConfigError` for a manifest that could not be read back, `StoreError` and
-        `DamagedError` for what the store did. The draft is then still to be aborted.
+        right before the decisive step, and raises `FencedError` when the writer's lock is lost; `beside`
+        when all is written and on its way to the disk, to send more after it. With `pin` the checkpoint
+        is pinned from its first moment. Raises `AlreadyExistsError` when the name is taken, `ConfigError`
+        for a manifest that could not be read back, `StoreError` and `DamagedError` for what the store
+        did. The draft is then still to be aborted.
         """
         manifest = dataclasses.replace(manifest, nonce=self.nonce, files=tuple(self._files.values()))
         data = readable(manifest)
@@ -191,6 +193,7 @@ class Draft:
             writer = self._store.writer(key, len(data))
             self._whole = (*self._whole, writer)
             writer.write(data)
+        beside()
         self.finish()
         if problems := Source(self._store, self._folder, manifest).problems(verify):
             what = "; ".join(map(str, problems))

@@ -76,21 +76,39 @@ class Lease:
         if earlier and self._may_go_on(max(earlier), takeover):
             announce(max(earlier))
         self.attempt = max([floor, *earlier]) + 1
-        self._beat(released=False)  # before the claim, so that no claim is ever without a heartbeat
-        claim = {**me(), "attempt": self.attempt, "token": self.token}
-        try:
-            store.put(self._key(self.attempt), json.dumps(claim).encode(), create=True)
-        except AlreadyExistsError as exc:
-            owner = self._owner(self.attempt)
-            if owner.get("token") != self.token:  # else the answer to our own was lost
-                raise held(store.url, owner) from exc
-        # What was seen at the beginning may be long ago: a process can be frozen between any two steps.
-        self.check()
-        self._clear()
+        self._claim(max(earlier, default=0))
         _leases.add(self)
         beat = (weakref.ref(self), self._stop, ttl_s / _BEATS)
         self._thread = threading.Thread(target=_keep, args=beat, name="ckptmgr-lease", daemon=True)
         self._thread.start()
+
+    def _claim(self, last: int) -> None:
+        """Claim the root by the number that this one has, when `last` was the highest that anyone had claimed."""
+        self._beat(released=False)  # before the claim, so that no claim is ever without a heartbeat
+        claim = {**me(), "attempt": self.attempt, "token": self.token}
+        try:
+            self._store.put(self._key(self.attempt), json.dumps(claim).encode(), create=True)
+        except AlreadyExistsError as exc:
+            owner = self._owner(self.attempt)
+            if owner.get("token") != self.token:  # else the answer to our own was lost
+                raise held(self._store.url, owner) from exc
+        # What was seen at the beginning may be long ago: a process can be frozen between any two steps.
+        self.check()
+        if between := [attempt for attempt in claims(self._store) if last < attempt < self.attempt]:
+            # It was faster, though by a lower number.
+            self._store.delete([self._key(self.attempt), self._key(self.attempt, "beat")])
+            raise held(self._store.url, self._owner(max(between)))
+        self._clear()
+
+    def rise(self, floor: int) -> None:
+        """See `WriterLock`."""
+        self.check()
+        before, self.attempt = self.attempt, max(floor, self.attempt) + 1
+        try:
+            self._claim(before)
+        except BaseException:
+            self.attempt = before
+            raise
 
     def _key(self, attempt: int, kind: str = "json") -> str:
         return f"{_FOLDER}/{attempt:010d}.{kind}"

@@ -49,6 +49,9 @@ class WriterLock(Protocol):
     def attempt(self) -> int:
         """The number of this writer; higher than that of any before it."""
 
+    def rise(self, floor: int) -> None:
+        """Go on under a higher number, above `floor`. Raises `FencedError` as `check` does, and `StoreError`."""
+
     def check(self) -> None:
         """Raises `FencedError` when another writer has taken over. May ask the store."""
 
@@ -167,6 +170,11 @@ class FileLock:
         sync_file(fd)
         sync_folder(self._path.parent)
         self.check()  # whoever put this file out before the number stood in it does not know of the number
+
+    def rise(self, floor: int) -> None:
+        """See `WriterLock`."""
+        self.check()
+        self._claim(floor)
 
     def _put_out(self) -> int:
         """Take away whatever lock file is there; the number of its owner. Of two processes that take over at

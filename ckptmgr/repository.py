@@ -16,8 +16,8 @@ import logging
 import operator
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
 
@@ -187,23 +187,17 @@ class Repository:
                 raise
         return True
 
-    @contextmanager
-    def about_to_point(self, name: str) -> Iterator[None]:
-        """A block after which `point(name)` comes, unless it raises. On a disk what the pointer will say is on its way
-        by then, beside what the block writes, and `point` takes half the time."""
-        self._forget_pointing()
+    def begin_to_point(self, name: str) -> None:
+        """On a disk, have what `point(name)` is going to write on its way there: it then takes half the time."""
+        self.forget_pointing()
         if self.store.path is not None:
             data = _pointing_at(name)
             with suppress(StoreError):  # `point` will meet it, too
                 self._pointing = name, self.store.writer(self._pointer, len(data))
                 self._pointing[1].write(data)
-        try:
-            yield
-        except BaseException:
-            self._forget_pointing()
-            raise
 
-    def _forget_pointing(self) -> None:
+    def forget_pointing(self) -> None:
+        """Give up what was begun, if anything was. Never raises."""
         if self._pointing is not None:
             self._pointing[1].abort()
             self._pointing = None
@@ -220,7 +214,7 @@ class Repository:
         except StoreError as exc:
             _log.warning("pointer.put.failed key=%s name=%s cause=%s", self._pointer, name, exc)
         finally:
-            self._forget_pointing()
+            self.forget_pointing()
 
     # How one goes
 

@@ -192,6 +192,7 @@ class Run:
         self.name, self.parent, self.is_begun, self.steps = info.manifest.run, info.step, True, {info.step}
         # The keep rules judge all. Without any, those below this one need not be looked into.
         infos = self.infos(listing) if self._ledger.can_let_go else self.newest_first(listing)
+        self._rise_above([info, *infos] if isinstance(infos, list) else [info])
         above = takewhile(lambda other: other.order > info.order, infos)
         newer = [other for other in above if other.damaged is None and other.name not in damaged]
         self._archive(newer)
@@ -201,6 +202,18 @@ class Run:
         if self._ledger.can_let_go:
             gone = {other.name for other in newer}
             self._ledger.put(other for other in infos if other.name not in gone)
+
+    def _rise_above(self, infos: Iterable[CheckpointInfo]) -> None:
+        """Have a higher number than any of these. One that was copied here may come from a root whose writers had come
+        further: all that is written under a lower number would count as older, and be the first to go."""
+        top = max(info.manifest.attempt for info in infos if info.manifest is not None)
+        if top >= self.attempt:
+            assert self._lock is not None
+            self._lock.rise(top)
+            self.repository.sweep(self.check, attempt=self.attempt)
+            _log.info(
+                "run.attempt.rise url=%s attempt=%d: checkpoints of attempt %d are there", self.url, self.attempt, top
+            )
 
     def _archive(self, newest_first: Sequence[CheckpointInfo]) -> None:
         """Newest first: a crash on the way leaves an unbroken branch."""
@@ -229,6 +242,8 @@ class Run:
         except CheckpointError as exc:
             self._ledger.forget()
             _log.warning("retention.failed step=%d url=%s cause=%s", info.step, self.url, exc)
+        finally:
+            self.repository.forget_pointing()
 
     def _make_way(self, info: CheckpointInfo, *, replaces: bool) -> None:
         self.repository.expel()
@@ -341,6 +356,7 @@ class Run:
             raise
 
     def release(self) -> None:
+        self.repository.forget_pointing()
         if self._lock is not None:
             self._lock.release()
             self._lock = None

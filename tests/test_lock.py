@@ -49,6 +49,47 @@ def test_attempts_rise_above_every_earlier_one(store: Any) -> None:
     again.release()
 
 
+def test_a_writer_rises_above_a_number_and_holds_the_root_all_the_while(store: Any) -> None:
+    lock = acquire(store, floor=2)
+    lock.rise(6)
+    lock.check()
+    assert (lock.attempt, last_writer(store)) == (7, 7)
+    lock.rise(3)
+    assert lock.attempt == 8
+    with pytest.raises(FencedError):
+        acquire(store)
+    second = acquire(store, takeover=True)
+    assert second.attempt == 9
+    with pytest.raises(FencedError):
+        lock.rise(20)
+    second.check()
+    lock.release()
+    second.release()
+
+
+@pytest.mark.parametrize("rises", [False, True])
+def test_of_two_writers_that_claim_different_numbers_at_once_the_first_holds_the_root(rises: bool) -> None:
+    memory = MemoryStore()
+    first: list[Lease] = []
+
+    class Late(PausingStore):
+        """Lets another one in before the claim of a number above its own."""
+
+        def pause(self, method: str, key: str) -> None:
+            if (method, key) == ("put", ".ckptmgr/lease/0000000009.json"):
+                first.append(Lease(memory, floor=0, takeover=True, ttl_s=60))
+
+    store = Late(memory)
+    second = Lease(store, floor=0, takeover=False, ttl_s=60) if rises else None
+    with pytest.raises(FencedError):
+        second.rise(8) if second else Lease(store, floor=8, takeover=False, ttl_s=60)
+    assert first[0].attempt == (2 if rises else 1)
+    first[0].check()
+    if second:
+        with pytest.raises(FencedError):
+            second.check()
+
+
 def test_the_last_writers_number_can_be_read_while_it_writes_and_after_it_has_left(store: Any) -> None:
     assert last_writer(store) == 0
     lock = acquire(store, floor=4)

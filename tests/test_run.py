@@ -6,16 +6,19 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ckptmgr import CheckpointManager
-from ckptmgr.errors import ConfigError, DamagedError, StoreError
+from ckptmgr.errors import ConfigError, DamagedError, FencedError, StoreError
+from ckptmgr.lock import acquire
 from ckptmgr.manifest import CheckpointInfo, Manifest
 from ckptmgr.repository import Repository
-from ckptmgr.store import Entry
-from ckptmgr.testing import MemoryStore
+from ckptmgr.store import Entry, Store
+from ckptmgr.store.local import LocalStore
+from ckptmgr.testing import MemoryStore, PausingStore
 
 NOW = datetime(2020, 1, 1, tzinfo=UTC)
 
@@ -416,3 +419,69 @@ def test_what_was_deleted_is_seen_before_anything_goes_not_only_by_its_name() ->
     assert (repository.is_there(info), repository.is_there(other)) == (True, False)
     store.put(f"{info.name}/manifest.json", b"torn")
     assert not repository.is_there(info)
+
+
+# Checkpoints from elsewhere
+
+
+@pytest.mark.parametrize("keep", [{"last": 2}, {"last": None}])
+def test_a_run_that_was_trained_on_elsewhere_and_copied_back_goes_on_from_there(
+    keep: dict[str, Any], tmp_path: Path, on_disk: bool
+) -> None:
+    """The writers elsewhere have higher numbers than this root has come to: its new saves are the newest even so."""
+    here, there = (LocalStore(tmp_path / name) if on_disk else MemoryStore() for name in ("here", "there"))
+    train(here, keep, until=2)
+    copy(here, there)
+    for until in (3, 4, 5):
+        train(there, keep, until)
+    copy(there, here)
+    assert train(here, keep, until=7) == [*range(1, 8)][-2 if keep["last"] else 0 :]
+    assert train(here, keep, until=8) == [*range(1, 9)][-2 if keep["last"] else 0 :]
+
+
+def train(store: Store, keep: dict[str, Any], until: int) -> list[int]:
+    """Save a step at a time, after where the last one stopped; the steps that are there then."""
+    with CheckpointManager("root", store=store, background=False, run="run", keep=keep) as mgr:
+        first = mgr.resume().step + 1
+        assert until - 2 <= first <= until
+        for step in range(first, until + 1):
+            mgr.save({"x": step}, step)
+        return mgr.all_steps()
+
+
+def copy(source: Store, target: Store) -> None:
+    for entry in source.list(recursive=True):
+        if entry.key.startswith("step-"):
+            target.put(entry.key, source.get(entry.key))
+
+
+@pytest.fixture(params=[True, False], ids=["disk", "object store"])
+def on_disk(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+# The pointer is begun beside the save
+
+
+def test_the_pointer_takes_no_room_before_the_manifest_has_its_own(tmp_path: Path) -> None:
+    store = PausingStore(LocalStore(tmp_path))
+    with CheckpointManager(tmp_path, store=store, background=False) as mgr:
+        mgr.save({"x": 1}, 1)
+    begun = [key.rpartition("/")[2] for method, key in store.log if method == "writer"]
+    assert begun[-2:] == ["manifest.json", "latest"]
+
+
+def test_a_writer_that_is_fenced_off_as_it_commits_leaves_no_file_of_the_pointer(tmp_path: Path) -> None:
+    class Overtaken(PausingStore):
+        def pause(self, method: str, key: str) -> None:
+            if method == "rename":
+                acquire(self.store, takeover=True)
+
+    with CheckpointManager(tmp_path, background=False) as mgr:
+        mgr.save({"x": 1}, 1)
+    mgr = CheckpointManager(tmp_path, store=Overtaken(LocalStore(tmp_path)), background=False)
+    mgr.resume()
+    with pytest.raises(FencedError):
+        mgr.save({"x": 2}, 2)
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+    mgr.close()
