@@ -11,9 +11,11 @@ from .errors import (
     ConfigError,
     CoordinationError,
     DamagedError,
+    DeletedMeanwhileError,
     FencedError,
     FormatVersionError,
     NotFoundError,
+    RankError,
     SaveFailedError,
     StateMismatchError,
     StoreError,
@@ -106,6 +108,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "NotFoundError",
+    "DeletedMeanwhileError",
     "AlreadyExistsError",
     "DamagedError",
     "FormatVersionError",
@@ -115,6 +118,7 @@ __all__ = [
     "FencedError",
     "SaveFailedError",
     "CoordinationError",
+    "RankError",
 ]
 
 

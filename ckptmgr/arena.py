@@ -69,7 +69,7 @@ class Arena:
         program = self._program
         if program is None or program.shape is not flat.shape or program.regions is not regions:
             program = self._program = Program(regions, flat, memory)
-        if program.device and self._is_pinned is None:
+        if self._is_pinned is None and any(flat.tensors[number].is_cuda for number, _ in program.device):
             self._is_pinned = _pin(memory)
         waiting = dict.fromkeys(program.numbers(flat, late))
         in_time = program.large(flat, waiting, is_late=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -110,7 +111,20 @@ class Worker:
         self._pool: ThreadPoolExecutor | None = None
         self._tolerate = tolerate
         self._failures = 0  # in a row
-        self.pending: Pending | None = None  # the last one
+        self._last: Pending | None = None
+        self._good: Pending | None = None  # the last one that is known to have ended well
+        self._pid = os.getpid()
+
+    @property
+    def pending(self) -> Pending | None:
+        """The last save."""
+        self._look_for_fork()
+        return self._last
+
+    def _look_for_fork(self) -> None:
+        if self._pid != os.getpid():  # the thread stayed with the parent, and so did the save in flight
+            self._pool = self._last = None
+            self._pid = os.getpid()
 
     def submit(
         self,
@@ -122,20 +136,21 @@ class Worker:
         in_background: bool,
     ) -> Pending:
         """Start a save, or make it now; `after` is called when it has ended, in the thread where it ran."""
+        self._look_for_fork()
         future = self._queued(step, root, save) if in_background else None
         if future is None:
             future = _made(save)
-            self.pending = Pending(step, root, future, in_background=False)
+            self._last = Pending(step, root, future, in_background=False)
         future.add_done_callback(lambda _: after())
-        assert self.pending is not None
-        return self.pending
+        assert self._last is not None
+        return self._last
 
     def _queued(self, step: int, root: str, save: Callable[[], Ended]) -> Future[Ended] | None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "ckptmgr-save", priority.lower)
         try:
             future = self._pool.submit(save)
-            self.pending = Pending(step, root, future, in_background=True)
+            self._last = Pending(step, root, future, in_background=True)
         except RuntimeError:  # the interpreter is on its way out and starts no thread: now or never
             return None
         except BaseException:
@@ -172,19 +187,23 @@ class Worker:
         if pending is None or not pending.done():
             return
         error = pending.take_error()
-        if error is None:
-            self._failures = self._failures if pending.error else 0
-            return
+        if error is not None:
+            self.tolerate(pending.step, error)
+        elif not pending.error and pending is not self._good:
+            self._failures, self._good = 0, pending
+
+    def tolerate(self, step: int, error: BaseException) -> None:
+        """Count a failure, and warn of it; raises it where there were too many in a row."""
         self._failures += 1
         if isinstance(error, FencedError) or self._failures > self._tolerate:
             raise error
         _log.warning(
-            "save.failed.tolerated step=%d count=%d of %d cause=%s",
-            pending.step, self._failures, self._tolerate, error,
-        )  # fmt: skip
+            "save.failed.tolerated step=%d count=%d of %d cause=%s", step, self._failures, self._tolerate, error
+        )
 
     def close(self) -> None:
         """Wait for the save in flight and end the thread."""
+        self._look_for_fork()
         if self._pool is not None:
             self._pool.shutdown()
 

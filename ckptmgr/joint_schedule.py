@@ -95,6 +95,9 @@ class JointSchedule(Schedule):
         self._is_answered = self._ballot is not None and self._ballot.is_open
         self._next_why = None
 
+    def end(self) -> None:
+        self._next_vote = 0
+
     def vote(self, step: int, epoch: int | None, metrics: Mapping[str, float], *, trouble: bool) -> None:
         """Say what this rank wants, if this is the call for it. Does not block."""
         if self._ballot is None or (self._ballot.is_open and not self._has_predicate):

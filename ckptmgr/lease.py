@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import secrets
 import threading
@@ -72,6 +73,7 @@ class Lease:
         self._store, self._ttl_s, self._now, self._pause = store, ttl_s, now, pause
         self.token = secrets.token_hex(8)
         self._stop = threading.Event()
+        self._pid = os.getpid()
         earlier = claims(store)
         if earlier and self._may_go_on(max(earlier), takeover):
             announce(max(earlier))
@@ -190,6 +192,10 @@ class Lease:
 
     def check(self) -> None:
         """Raises `FencedError` when the claim is not the highest, or not this one's. Asks the store."""
+        if self._pid != os.getpid():
+            raise FencedError(
+                f"{self._store.url} is written by the process that this one was forked from, not by this one"
+            )
         newest, owner = self._holder()
         if owner.get("token") != self.token:
             newest, owner = self._holder()  # whoever took over may have removed this claim between the two looks
@@ -205,7 +211,7 @@ class Lease:
 
     def release(self) -> None:
         """Let the next writer in at once. May be repeated."""
-        if self._stop.is_set():
+        if self._stop.is_set() or self._pid != os.getpid():  # a forked child has none to release
             return
         self._stop.set()
         self._thread.join(_JOIN_S)  # a store that does not answer must not keep us here

@@ -15,7 +15,14 @@ from .background import Pending, Worker
 from .catalog import Catalog
 from .config import CheckpointConfig, load_config
 from .coordinator import Coordinator
-from .errors import AlreadyExistsError, CheckpointError, ConfigError, CoordinationError
+from .errors import (
+    AlreadyExistsError,
+    CheckpointError,
+    ConfigError,
+    CoordinationError,
+    SaveFailedError,
+    StoreError,
+)
 from .job import Job
 from .joint_schedule import JointSchedule
 from .manifest import digest
@@ -31,7 +38,7 @@ from .saving import Saver
 from .schedule import Schedule
 from .signals import SignalWatch
 from .store import Store, give_up, open_store
-from .triggers import Decision, Moment
+from .triggers import AnyOf, Decision, Moment, doubts
 from .weights import WarmStarted, warm_start
 
 if TYPE_CHECKING:
@@ -90,7 +97,9 @@ class CheckpointManager(Catalog):
         self._worker = Worker(tolerate=tolerate)
         self._fresh, self._read_only = fresh, read_only
         self._signals = SignalWatch(() if read_only else self.config.save.on_signals)
-        self._schedule = Schedule(self.config.trigger(triggers), self._signals, clock)
+        rule = self.config.trigger(triggers)
+        self._doubtful: AnyOf | None = rule  # until the first `maybe_save`
+        self._schedule = Schedule(rule, self._signals, clock)
         self._schedule.alert()  # the first call has to find the other ranks
         self._signals.on_signal = self._schedule.alert
         self._signals.install()
@@ -128,15 +137,28 @@ class CheckpointManager(Catalog):
             self._settle()  # which says so
         ranks = self._join()
         self._job.check()
+        if (rule := self._doubtful) is not None:
+            self._doubtful = None
+            is_meant = self.config.save.on_close or self.config.save.on_file is not None
+            for doubt in doubts(rule, epoch) if not (ranks.rank or is_meant) else ():
+                _log.warning("save.doubt url=%s %s", self._run.url, doubt)
         self._schedule.calm()  # before the look at failures: one that comes later alerts again
         if self._schedule.listen():
             self._worker.wait()
         elif ranks.world_size == 1:  # else all ranks are told at the same call
             self._worker.raise_failure()
-        request = self._request(step, epoch, metrics, overwrite=self.config.overwrite)
+        try:
+            request = self._request(step, epoch, metrics, overwrite=self.config.overwrite)
+        except ConfigError:
+            self._last_call = None  # nothing to make a last save of
+            raise
         decision = self._schedule.decide(request.step, request.epoch, request.metrics)
         request = replace(request, reason=decision.reason or "", may_skip=True)
-        pending = self._save_if_free(state, request) if decision else None
+        pending = None
+        try:
+            pending = self._save_if_free(state, request) if decision else None
+        except (SaveFailedError, StoreError) as exc:  # before there was anything to write
+            self._worker.tolerate(request.step, exc)
         self._schedule.vote(request.step, request.epoch, request.metrics, trouble=self._worker.has_failed)
         return pending
 
@@ -162,7 +184,7 @@ class CheckpointManager(Catalog):
 
     def should_save(self, step: int, *, epoch: int | None = None, metrics: Mapping[str, Any] | None = None) -> Decision:
         """Whether `maybe_save` would save now, and why. Changes nothing; never blocks."""
-        request = self._request(step, epoch, metrics)
+        request = self._request(step, epoch, metrics, overwrite=self.config.overwrite)
         return self._schedule.decide(request.step, request.epoch, request.metrics)
 
     def save(
@@ -250,7 +272,8 @@ class CheckpointManager(Catalog):
             except CheckpointError as exc:
                 earlier = earlier or exc
             is_asked = (is_asked or self.config.save.on_close) and not self._job.is_left_out
-            if is_asked and (call := self._last_call) is not None and not self._read_only:
+            call = None if self._read_only else self._last_call
+            if is_asked and call is not None and call[1] >= self._schedule.last_step:  # else `save` has come further
                 self._save_if_free(call[0], replace(self._request(*call[1:]), reason="close()"))
             self.wait(timeout)
         except TimeoutError:
@@ -284,7 +307,7 @@ class CheckpointManager(Catalog):
     def _let_go(self) -> None:
         self._is_closed = True
         self._last_call = None
-        self._schedule.alert()  # the next call is told, not let pass
+        self._schedule.end()  # the next call is told, not let pass
         try:
             if self._request_file is not None:
                 self._request_file.stop()
@@ -325,8 +348,10 @@ class CheckpointManager(Catalog):
         `FencedError` when another process writes here, `StoreError` when the store fails.
         """
         self._settle()
-        targets = {"model": model, "optimizer": optimizer, **others}
-        targets = {name: target for name, target in targets.items() if target is not None}
+        first = {name: given for name, given in (("model", model), ("optimizer", optimizer)) if given is not None}
+        if twice := [name for name in first if others.get(name) is not None]:
+            raise ConfigError(f"resume was given two objects as {' and as '.join(twice)}: give one of each name")
+        targets = first | {name: given for name, given in others.items() if given is not None}  # in the caller's order
         try:
             return self._resume(targets, step, strict, skip, map_location)
         except BaseException:
@@ -350,10 +375,11 @@ class CheckpointManager(Catalog):
         info, resumed = restart.resume(targets, step, strict, skip, map_location)
         self._fresh, self._is_begun = False, not self._read_only
         if info is None or info.manifest is None:
+            self._schedule.restored(0, 0)  # also where a run has begun here, and nothing of it is left
             size = expected_bytes(targets)
         else:
             self._saver.goes_on_from(info)
-            self._schedule.saved(info.step, resumed.epoch)
+            self._schedule.restored(info.step, resumed.epoch)
             size = info.manifest.size
         if not self._read_only:
             self._saver.expect(size, targets, ranks)  # last: it takes the memory's speed
@@ -385,7 +411,7 @@ class CheckpointManager(Catalog):
         `DamagedError`, with nothing changed, when this one can't be gone on from."""
         info = self._on_rank_0("rewind", lambda: self._run.rewind(step))
         self._last_call = None
-        self._schedule.saved(info.step, info.manifest.epoch if info.manifest else None)
+        self._schedule.restored(info.step, info.manifest.epoch if info.manifest else None)
 
     def _on_rank_0(self, what: str, make: Callable[[], T]) -> T:
         """What rank 0 makes of the root while no save is in flight. Blocks."""
@@ -403,7 +429,6 @@ class CheckpointManager(Catalog):
         """What a call said, checked."""
         step, epoch = as_count(step, "step"), None if epoch is None else as_count(epoch, "epoch")
         if step < self._schedule.last_step and not overwrite:
-            self._last_call = None  # nothing to make a last save of
             raise ConfigError(
                 f"step went back from {self._schedule.last_step} to {step} in {self._run.url}: begin the loop at "
                 f"resume().step + 1, or go back on purpose with resume(step={step})"

@@ -73,7 +73,8 @@ def _life(pid: int) -> tuple[str, str | None]:
 
 def held(where: str, owner: dict[str, Any]) -> FencedError:
     """What a writer is told to whom the root does not belong, or no longer."""
-    mine = " (this very process: close() the other manager first)" if owner.get("pid") == os.getpid() else ""
+    here = " (this very process: close() the other manager first, or pass takeover=True in a notebook's cell run again)"
+    mine = here if owner.get("pid") == os.getpid() else ""
     pid, host, since = (_plain(owner.get(key, "?")) for key in ("pid", "host", "since"))
     return FencedError(
         f"{where} is being written by process {pid} on {host} since {since}{mine}. "

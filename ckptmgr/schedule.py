@@ -94,16 +94,30 @@ class Schedule:
         return len(self._requests), self._signals.count
 
     def saved(self, step: int, epoch: int | None, heard: tuple[int, int] | None = None) -> None:
-        """A save of this step was begun, or its state restored: clocks and multiples go on from here. It
-        answers what had been `heard` when the state was captured; None: all that has come until now."""
+        """A save of this step was begun: clocks and multiples go on from here. It answers what had been `heard` when
+        the state was captured; None: all that has come until now."""
         requests, signals = heard or self.heard()
-        self.last_step, self._last_time = step, self._clock()
-        self._last_epoch = self._last_epoch if epoch is None else epoch
-        self._look_ahead()  # first, as above
+        self._go_on_from(step, epoch)  # first, as above
         self._signals.take(signals)
         del self._requests[:requests]
         if self.is_asked:
             self.alert()
+
+    def restored(self, step: int, epoch: int | None) -> None:
+        """The state of this step is there again: clocks and multiples go on from here. It answers nothing: what was
+        asked for meanwhile is still due."""
+        self._go_on_from(step, epoch)
+        if self.is_asked:
+            self.alert()
+
+    def end(self) -> None:
+        """No call is quiet any more."""
+        self.alert()
+
+    def _go_on_from(self, step: int, epoch: int | None) -> None:
+        self.last_step, self._last_time = step, self._clock()
+        self._last_epoch = self._last_epoch if epoch is None else epoch
+        self._look_ahead()
 
     def _moment(self, step: int, epoch: int | None, metrics: Mapping[str, float]) -> Moment:
         return Moment(

@@ -201,6 +201,16 @@ class AnyOf:
         )
 
 
+def doubts(rule: AnyOf, epoch: int | None) -> list[str]:
+    """Why no save, or fewer than were meant, may come of a rule, as far as the first call tells: it gave this epoch."""
+    found = []
+    if all(isinstance(trigger, OnSignals | OnRequest) for trigger in rule.triggers):
+        found.append("a signal or a request alone makes maybe_save save: set save.every_steps, every_epochs or every")
+    if epoch is None and any(isinstance(trigger, EveryEpochs) for trigger in rule.triggers):
+        found.append("save.every_epochs counts by epoch=, which maybe_save was not given")
+    return found
+
+
 def as_trigger(rule: Trigger | Callable[[Moment], object]) -> Trigger:
     """A trigger as it is, or a plain `callable(Moment) -> bool` as one. Raises `ConfigError` for anything else."""
     # A class is not an instance of the protocol, though it carries the methods' names.
