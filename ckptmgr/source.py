@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from .errors import DamagedError
+from .listing import each
 from .manifest import MANIFEST_NAME, PIECE_SIZE, FileEntry, Manifest, pieces
 from .memory import address, buffer
 from .moves import move
@@ -54,10 +55,10 @@ class Source:
         """What is wrong, file by file: sizes for `size`, every byte for `fast` and `full`; blocks."""
         if level == "off":
             return []
-        sizes = {entry.key: entry.size for entry in self._store.list(self._folder, recursive=True)}
+        sizes = self._sizes()
         found, whole = {}, []
         for name, file in self.files.items():
-            size = sizes.get(f"{self._folder}/{file.name}")
+            size = sizes.get(self._key(file))
             if size is None:
                 found[name] = Problem(name, "missing")
             elif size != file.size:
@@ -67,6 +68,18 @@ class Source:
         damaged = self._damages(whole)
         found |= {name: Problem(name, str(damaged[f.name])) for name, f in self.files.items() if f.name in damaged}
         return [found[name] for name in self.files if name in found]
+
+    def _sizes(self) -> dict[str, int]:
+        """The bytes of each file that is there, by key."""
+        sizes = {entry.key: entry.size for entry in self._store.list(self._folder, recursive=True)}
+        if self._is_remote:  # where a listing may lag behind what was written: only the object itself can condemn it
+            doubted = [key for file in self.files.values() if sizes.get(key := self._key(file)) != file.size]
+            for key, entry in zip(doubted, each(self._store, self._store.stat, doubted), strict=True):
+                if entry is not None:
+                    sizes[key] = entry.size
+                else:
+                    sizes.pop(key, None)
+        return sizes
 
     def checks(self) -> Iterator[None]:
         """Read every file, one piece of one file at each step. Raises `DamagedError` naming the first that is not
@@ -87,7 +100,7 @@ class Source:
         return damages([self._wanted(file, None) for file in files], is_remote=self._is_remote)
 
     def _wanted(self, file: FileEntry, segments: Sequence[Segment] | None) -> Wanted:
-        key = f"{self._folder}/{file.name}"
+        key = self._key(file)
         return Wanted(file, f"{self.where}/{file.name}", lambda: self._store.reader(key), segments)
 
     def scatter(self, segments: Mapping[str, Sequence[Segment]]) -> None:
@@ -107,6 +120,9 @@ class Source:
     def open(self, name: str) -> BinaryIO:
         """A seekable file; blocks to fetch a piece at a time. Raises `DamagedError`."""
         return cast(BinaryIO, _CheckedFile(self, name, self._file(name).size))
+
+    def _key(self, file: FileEntry) -> str:
+        return f"{self._folder}/{file.name}"
 
     def _file(self, name: str) -> FileEntry:
         file = self.files.get(name)

@@ -136,3 +136,20 @@ def test_the_shipped_config_works_with_what_the_environment_says(
         mgr.save({"x": torch.arange(3)}, 1)
     with CheckpointManager(config) as mgr:
         assert torch.equal(mgr.resume().values["x"], torch.arange(3))
+
+
+def test_a_run_goes_on_where_the_server_refuses_conditional_writes(s3_proxy: tuple[Any, Any]) -> None:
+    from servers.proxy import knows_no_conditions
+
+    bucket, proxy = s3_proxy
+    knows_no_conditions(proxy)
+    settings = {"root": f"{bucket.url}/runs/digits", "storage": {"options": bucket.options}, "background": False}
+    with CheckpointManager(settings) as first:
+        assert not first.resume()
+        first.save({"x": torch.arange(3)}, 1)
+        with CheckpointManager(settings) as second, pytest.raises(FencedError, match="this very process"):
+            second.resume()
+    with CheckpointManager(settings) as mgr:
+        assert torch.equal(mgr.resume().values["x"], torch.arange(3))
+        mgr.save({"x": torch.arange(4)}, 2)
+        assert [(step, mgr.verify(step)) for step in mgr.all_steps()] == [(1, []), (2, [])]

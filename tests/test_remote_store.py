@@ -154,6 +154,93 @@ def test_a_lost_answer_to_the_last_request_of_an_upload_is_no_failure(faulty: tu
     assert store.get("large") == data
 
 
+# S3 without conditional writes
+
+
+@pytest.fixture(params=[(501, None), (501, b""), (501, b"<html>not here</html>"), (400, None)])
+def unconditional(request: pytest.FixtureRequest, s3_proxy: tuple[Bucket, Proxy]) -> tuple[Bucket, Proxy]:
+    """A bucket on a server that refuses conditional writes, in one of the words there are for it."""
+    from servers.proxy import knows_no_conditions
+
+    status, body = request.param
+    knows_no_conditions(s3_proxy[1], status, *(() if body is None else (body,)))
+    return s3_proxy
+
+
+def test_where_conditional_writes_are_refused_a_create_looks_first_and_knows_so_from_then_on(
+    unconditional: tuple[Bucket, Proxy], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ckptmgr.store")
+    bucket, proxy = unconditional
+    time = SkippedTime()
+    store = FsspecStore(bucket.url, bucket.options, Patience(600, time.sleep, time))
+    store.put("a", b"nonce 1", create=True)
+    store.put("b", b"nonce 1", create=True)
+    assert [line.split()[0] for line in proxy.log] == ["PUT", "HEAD", "PUT", "HEAD", "PUT"]
+    assert time.waits == []
+    assert [store.get("a"), store.get("b")] == [b"nonce 1", b"nonce 1"]
+    told = [record.msg.split()[0] for record in caplog.records if record.name == "ckptmgr.store"]
+    assert told == ["create.condition.unsupported"]
+
+
+def test_where_conditional_writes_are_refused_the_object_of_another_stays(
+    unconditional: tuple[Bucket, Proxy],
+) -> None:
+    bucket, _ = unconditional
+    store = open_store(bucket.url, bucket.options)
+    store.put("manifest", b"nonce 1")
+    for _ in range(2):  # before it is known what is refused, and after
+        with pytest.raises(AlreadyExistsError, match="manifest exists already"):
+            store.put("manifest", b"nonce 2", create=True)
+    assert store.get("manifest") == b"nonce 1"
+
+
+def test_where_conditional_writes_are_refused_a_key_is_taken_though_its_object_goes_after_the_look(
+    unconditional: tuple[Bucket, Proxy],
+) -> None:
+    bucket, proxy = unconditional
+    store = open_store(bucket.url, bucket.options)
+    store.put("manifest", b"nonce 1")
+    proxy.faults.append(Fault("GET", status=404))  # as a reader hears that comes too late
+    with pytest.raises(AlreadyExistsError, match="manifest exists already"):
+        store.put("manifest", b"nonce 2", create=True)
+
+
+def test_where_conditional_writes_are_refused_a_create_whose_answer_was_lost_is_our_own(
+    unconditional: tuple[Bucket, Proxy],
+) -> None:
+    bucket, proxy = unconditional
+    store = FsspecStore(bucket.url, bucket.options, impatient(30))
+    store.put("known", b"", create=True)
+    proxy.faults.append(Fault("PUT", drop="after"))
+    store.put("manifest", b"nonce 1", create=True)
+    assert store.get("manifest") == b"nonce 1"
+    assert [fault.count for fault in proxy.faults] == [0]
+
+
+@pytest.mark.parametrize("status", [400, 403, 405])
+def test_a_create_that_is_refused_for_another_reason_is_not_made_without_its_condition(
+    s3_proxy: tuple[Bucket, Proxy], status: int
+) -> None:
+    bucket, proxy = s3_proxy
+    proxy.faults.append(Fault("PUT", status=status))
+    store = FsspecStore(bucket.url, bucket.options, impatient(30))
+    with pytest.raises(StoreError, match="write") as caught:
+        store.put("manifest", b"nonce 1", create=True)
+    assert not isinstance(caught.value, AlreadyExistsError)
+    assert store.stat("manifest") is None
+
+
+def test_a_server_that_writes_nothing_at_all_is_not_asked_for_minutes(s3_proxy: tuple[Bucket, Proxy]) -> None:
+    bucket, proxy = s3_proxy
+    proxy.faults.append(Fault("PUT", status=501, count=_BROKEN))
+    time = SkippedTime()
+    store = FsspecStore(bucket.url, bucket.options, Patience(600, time.sleep, time))
+    with pytest.raises(StoreError, match="could not write"):
+        store.put("manifest", b"nonce 1", create=True)
+    assert (time.waits, _BROKEN - proxy.faults[0].count) == ([], 2)
+
+
 # A server that stays broken
 
 _BROKEN = 1000

@@ -61,7 +61,8 @@ class Dialect(Protocol):
         """One whole put."""
 
     def create(self, name: str, data: bytes) -> None:
-        """The same, if the name is free: `Fault.EXISTS`, also where an earlier try of its own took it."""
+        """The same, if the name is free: `Fault.EXISTS`, also where an earlier try of its own took it. One step
+        where the store can do it in one."""
 
     def upload(self, name: str) -> Upload: ...
 

@@ -35,11 +35,11 @@ _DELETES_AT_ONCE = 8
 class FsspecStore:
     """A `Store` at any fsspec URL.
 
-    S3, GCS and OSS have conditional writes: of several `put(create=True)` one wins. Elsewhere "is
-    it there?" and the write are two steps, and only names that nobody else uses are safe. An answer
-    can get lost after the store did what it was asked, so a key that turns out to hold exactly the
-    bytes given to `put(create=True)` counts as created by this call: put something in them that
-    nobody else would, such as a random number.
+    S3, GCS and OSS have conditional writes: of several `put(create=True)` one wins. Elsewhere, and on
+    servers that speak like S3 but refuse those, "is it there?" and the write are two steps, and only
+    names that nobody else uses are safe. An answer can get lost after the store did what it was
+    asked, so a key that turns out to hold exactly the bytes given to `put(create=True)` counts as
+    created by this call: put something in them that nobody else would, such as a random number.
 
     A request that fails is tried again within the deadline of `patience` where that can help. Clients
     are built on first use, once per process, and never shared with a forked one or pickled.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from socket import gaierror
@@ -60,6 +61,8 @@ _BROKEN_OFF = (
     EOFError,
 )
 
+_log = logging.getLogger("ckptmgr.store")
+
 
 class S3Dialect:
     """Whole puts, parts and listings are asked of S3 itself, past the caches and file objects of
@@ -75,6 +78,7 @@ class S3Dialect:
         arguments = _arguments(options, patience.silence_s)
         self._fs = s3fs.S3FileSystem(**arguments, use_listings_cache=False, skip_instance_cache=True)
         self._fs.retries = 1  # tries
+        self._can_create = True  # until the store says that it can't
 
     def get(self, name: str, start: int, end: int | None) -> bytes:
         return self.retries(lambda limit: bytes(sync(self._fs.loop, self._get, name, start, end, timeout=limit)))
@@ -92,7 +96,18 @@ class S3Dialect:
         self._call("put_object", name, Body=data)
 
     def create(self, name: str, data: bytes) -> None:
-        self._call("put_object", name, Body=data, IfNoneMatch="*")
+        if self._can_create:
+            try:
+                self._call("put_object", name, Body=data, IfNoneMatch="*")
+                return
+            except OSError as exc:
+                if _status(exc) != 501 and _code(exc) != "NotImplemented":
+                    raise
+                self._can_create = False  # speaks like S3, but not of conditions
+                _log.info("create.condition.unsupported bucket=%s code=%s, looking first", self.bucket, _code(exc))
+        if self.stat(name) is not None:
+            raise FileExistsError(name)
+        self.put(name, data)
 
     def upload(self, name: str) -> MultipartUpload:
         return MultipartUpload(self, name)
@@ -199,6 +214,8 @@ class S3Dialect:
     def diagnose(self, exc: Exception) -> Fault:
         if isinstance(exc, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
             return Fault.DENIED
+        if isinstance(exc, FileExistsError):
+            return Fault.EXISTS
         status, code = _status(exc), _code(exc)
         if code == "NoSuchBucket":
             return Fault.NO_BUCKET
