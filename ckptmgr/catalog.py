@@ -112,7 +112,7 @@ class Catalog:
         try:
             expires = None if ttl is None else datetime.now(UTC) + parse_duration(ttl)
         except ValueError as exc:
-            raise ConfigError(f"ttl={ttl!r}: {exc}") from exc
+            raise ConfigError(f"ttl={ttl!r}: {exc}, or none to pin for ever") from exc
         self._run.repository.pin(self.info(step), tag, expires)
 
     def unpin(self, step: int | str, tag: str | None = None) -> int:

@@ -11,15 +11,17 @@ from collections.abc import Sequence
 
 from .errors import ConfigError
 
+MAX_LENGTH = 200  # characters; files take 255 bytes, and the names of records have the nonce and more besides
 _SAMPLE_STEP = 1234567890  # long enough to show separators and exponents
 _FOLDER = re.compile(r"[A-Za-z0-9_+=@%~-][A-Za-z0-9._+=@%~-]*")
+_TOO_LONG = f"characters, more than {MAX_LENGTH}: shorten the template or the run's name"
 
 
 class NameTemplate:
     """Folder names from a template such as `step-{step:08d}`; fields: step, epoch, run.
 
-    Raises `ConfigError` for a template with other fields, without `{step}`, or with characters
-    that a folder name can't have on every store.
+    Raises `ConfigError` for a template with other fields, without `{step}`, with characters
+    that a folder name can't have on every store, or too long for one.
     """
 
     def __init__(self, template: str) -> None:
@@ -38,6 +40,8 @@ class NameTemplate:
             raise ConfigError(
                 f"name: {template!r} gives folders like {sample!r}; use letters, digits and . _ + = @ % ~ -"
             )
+        if (length := self.length("")) > MAX_LENGTH:
+            raise ConfigError(f"name: {template!r:.60} gives folders with names of {length} {_TOO_LONG}")
         self.needs_epoch = "epoch" in fields
         self._regex = self._compile()
         self._each = re.compile(rf"(?:{self._regex.pattern}|[^/]+)(?:/|\Z)")
@@ -58,7 +62,7 @@ class NameTemplate:
 
     def format(self, step: int, epoch: int | None, run: str) -> str:
         """The folder for a step. Raises `ConfigError` when the template needs an epoch and the call gave
-        none, and when the run's name makes it no folder that a listing would take for a checkpoint's."""
+        none, and when the run's name makes it too long, or no folder that a listing would take for a checkpoint's."""
         if epoch is None and self.needs_epoch:
             raise ConfigError(f"name: {self.template!r} needs an epoch; pass epoch= with step {step}")
         name = self.template.format(step=step, epoch=epoch, run=run)
@@ -67,7 +71,16 @@ class NameTemplate:
                 f"name: {self.template!r} gives step {step} of run {run!r} the folder {name!r}; use letters, digits "
                 "and . _ + = @ % ~ -, and no dot in front"
             )
+        if (length := self.length(run, step, epoch)) > MAX_LENGTH:
+            raise ConfigError(
+                f"name: {self.template!r:.60} gives run {run!r:.60} folders with names of {length} {_TOO_LONG}"
+            )
         return name
+
+    def length(self, run: str, step: int = 0, epoch: int | None = None) -> int:
+        """How many characters the names of a run's folders have, at this step or a later one. Each is a byte."""
+        step, epoch = max(step, _SAMPLE_STEP), max(epoch or 0, _SAMPLE_STEP)  # or it would be too long half-way
+        return len(self.template.format(step=step, epoch=epoch, run=run))
 
     def step(self, name: str) -> int | None:
         """The step in a folder's name, matched whole, or None."""

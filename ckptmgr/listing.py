@@ -10,26 +10,19 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TypeVar
 
 from .errors import DamagedError, FormatVersionError, NotFoundError, StoreError
 from .folder_names import NameTemplate, guessed_step
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, CheckpointInfo, Manifest, Pin
-from .records import Records, is_no_file, is_refused
+from .records import Records, each, is_no_file, is_refused
 from .store import Store
 
-_AT_ONCE = 16  # objects looked into at a time in a remote store
 _DATA = re.compile(r"(?:(?P<nonce>[0-9a-f]{16})/)?state\.json")  # which every format has
 _OURS = re.compile(rb'\s*\{\s*"format_version"\s*:\s*\d+\s*,\s*"format"\s*:')  # as it begins
 _LOOKS = 20  # at a root whose folders come and go
 
 _log = logging.getLogger("ckptmgr.repository")
-
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-
 
 class Listing:
     """The checkpoints in `folders`, with their pins and with the marks of damage, by folder and nonce.
@@ -263,11 +256,3 @@ def _asides(store: Store) -> set[tuple[str, str]]:
     found = {(draft.name, draft.nonce) for draft in records.drafts()}
     found |= {(one.name, one.nonce) for kind in ("archive", "trash") for one in records.aside_keys(kind)}
     return {*found, *((name, "") for name, _ in found)}
-
-
-def each(store: Store, look: Callable[[_In], _Out], things: Sequence[_In]) -> list[_Out]:
-    """What `look` answers for each, in order; several at a time where each takes a request."""
-    if store.path is not None or len(things) < 2:
-        return [look(thing) for thing in things]
-    with ThreadPoolExecutor(_AT_ONCE, "ckptmgr-list") as pool:
-        return list(pool.map(look, things))

@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .errors import StoreError
+from .errors import DamagedError, FormatVersionError, StoreError
 from .folder_names import DEFAULT_NAMES
+from .listing import is_committed
 from .records import FOLDER, Records
 from .repository import Repository
 from .store import DRAFTS, Store
@@ -61,6 +62,13 @@ def _drafts(store: Store) -> Iterator[Litter]:
         if draft.note:  # against a writer that lost the root: few, empty, and in use
             continue
         entry = draft.entry
+        try:
+            is_checkpoint = not entry.is_folder and is_committed(store, draft.name, draft.nonce)
+        except (DamagedError, FormatVersionError):
+            continue  # nobody can tell, so a sweep leaves it
+        if is_checkpoint:  # whose note was left behind: the data is no litter
+            yield Litter("draft", entry.key, 0, entry.modified)
+            continue
         data = entry.key if entry.is_folder else f"{draft.name}/{draft.nonce}"
         files = store.list(data, recursive=True)
         times = [file.modified for file in (entry, *files) if file.modified]

@@ -234,13 +234,15 @@ def checked_name(name: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Keeps the checkpoint with this folder and nonce from every keep rule until `expires` (None: for ever)."""
+    """Keeps the checkpoint with this folder and nonce from every keep rule until `expires` (None: for ever). One that
+    `has_ended` when it was read has no tag any more, whatever `tag` was."""
 
     name: str
     nonce: str
     step: int
     tag: str | None = None
     expires: datetime | None = None
+    has_ended: bool = False
 
     def holds(self, now: datetime) -> bool:
         return self.expires is None or now < self.expires
@@ -273,4 +275,5 @@ class CheckpointInfo:
     @property
     def tags(self) -> tuple[str, ...]:
         own = self.manifest.tags if self.manifest else ()
-        return own + tuple(pin.tag for pin in self.pins if pin.tag is not None and pin.tag not in own)
+        pinned = (pin.tag for pin in self.pins if pin.tag is not None and not pin.has_ended)
+        return own + tuple(tag for tag in pinned if tag not in own)

@@ -20,12 +20,15 @@ _BYTES_ANY_CASE = {unit.lower(): count for unit, count in _BYTES.items()}
 
 DURATION_PATTERN = r"^\d+(\.\d+)?\s*(ms|s|m|h|d)?$"
 SIZE_PATTERN = r"^\d+(\.\d+)?\s*([KMGTPkmgtp]?[Bb]|[KMGTPkmgtp][Ii][Bb])?$"
+MAX_DURATION = timedelta(days=100_000)  # 273 years: no arithmetic with it, and no wait of Python's, overflows
 DURATION_HELP = "a time above 0 such as 500ms, 0.5s, 30m, 1.5h or 2d; a plain number is in seconds"
+_TOO_LONG = f"must be at most {MAX_DURATION.days}d (about 270 years); give a shorter time"
 SIZE_HELP = "a size above 0 such as 64MiB, 500GB or 1TB; a plain number is in bytes"
 
 
 def parse_duration(value: Any) -> timedelta:
-    """A duration above 0 from text, a number of seconds, or a timedelta. Raises `ValueError`."""
+    """A duration above 0, and of at most `MAX_DURATION`, from text, a number of seconds, or a timedelta. Raises
+    `ValueError`."""
     if isinstance(value, timedelta):
         duration = value
     else:
@@ -33,9 +36,11 @@ def parse_duration(value: Any) -> timedelta:
         try:
             duration = timedelta(microseconds=round(number * _MICROSECONDS[unit or "s"]))
         except OverflowError as exc:
-            raise ValueError(f"must be {DURATION_HELP}") from exc
+            raise ValueError(_TOO_LONG) from exc
     if duration <= timedelta(0):
         raise ValueError(f"must be {DURATION_HELP}")
+    if duration > MAX_DURATION:
+        raise ValueError(_TOO_LONG)
     return duration
 
 

@@ -13,11 +13,12 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from .errors import (
     AlreadyExistsError,
@@ -28,6 +29,7 @@ from .errors import (
     StoreError,
     StoreFullError,
 )
+from .folder_names import MAX_LENGTH
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, Manifest
 from .store import DRAFTS, Entry, Store
 from .untrusted import FOLDER_NAME, MAX_RECORD_SIZE, parse
@@ -44,8 +46,12 @@ RESERVED_TAGS = ("latest", "best")
 # What `LocalStore` says of a folder, a link or a socket in a file's place.
 _NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO}
 _REFUSED = {errno.EACCES, errno.EPERM, *_NO_FILE}
+_AT_ONCE = 16  # objects looked into at a time in a remote store
 
 _log = logging.getLogger("ckptmgr.records")
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,24 +94,32 @@ class Records:
 
     def damaged(self) -> dict[tuple[str, str], str]:
         """What is known to be damaged, by folder and nonce, with the reason."""
+        entries = self._store.list(f"{FOLDER}/damaged")
         marks = {}
-        for entry in self._store.list(f"{FOLDER}/damaged"):
-            name, _, nonce = entry.name.removesuffix(".json").rpartition(".")
-            try:
-                marks[name, nonce] = str(parse(self._store.get(entry.key, 0, MAX_RECORD_SIZE))["reason"])
-            except NotFoundError:
-                continue
-            except StoreError as exc:
-                if not is_refused(self._store, exc):
-                    raise
-                marks[name, nonce] = "marked as damaged"
-            except (ValueError, KeyError, TypeError):
-                marks[name, nonce] = "marked as damaged"
+        for entry, reason in zip(entries, each(self._store, self._reason, entries), strict=True):
+            if reason is not None:
+                name, _, nonce = entry.name.removesuffix(".json").rpartition(".")
+                marks[name, nonce] = reason
         return marks
+
+    def _reason(self, mark: Entry) -> str | None:
+        try:
+            return str(parse(self._store.get(mark.key, 0, MAX_RECORD_SIZE))["reason"])
+        except NotFoundError:
+            return None
+        except StoreError as exc:
+            if not is_refused(self._store, exc):
+                raise
+        except (ValueError, KeyError, TypeError):
+            pass
+        return "marked as damaged"
 
     def mark_damaged(self, name: str, nonce: str, reason: str, now: datetime) -> None:
         body = {"reason": reason, "time": now.isoformat()}
         self._store.put(f"{FOLDER}/damaged/{name}.{nonce}.json", json.dumps(body).encode())
+
+    def unmark_damaged(self, name: str, nonce: str) -> None:
+        self._store.delete([f"{FOLDER}/damaged/{name}.{nonce}.json"])
 
     # Soundness
 
@@ -213,7 +227,17 @@ def checked_tag(tag: str) -> str:
         raise ConfigError(
             f"tag {tag!r} is not usable: letters, digits, _ and -, not only digits, none of {', '.join(RESERVED_TAGS)}"
         )
+    if len(tag) > MAX_LENGTH:
+        raise ConfigError(f"tag {tag!r:.60} has {len(tag)} characters, more than {MAX_LENGTH}: use a shorter one")
     return tag
+
+
+def each(store: Store, look: Callable[[_In], _Out], things: Sequence[_In]) -> list[_Out]:
+    """What `look` answers for each, in order; several at a time where each takes a request."""
+    if store.path is not None or len(things) < 2:
+        return [look(thing) for thing in things]
+    with ThreadPoolExecutor(_AT_ONCE, "ckptmgr-records") as pool:
+        return list(pool.map(look, things))
 
 
 def is_refused(store: Store, error: StoreError) -> bool:

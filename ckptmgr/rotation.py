@@ -72,7 +72,8 @@ def _watch(
     """What to watch of those that stay, newest first."""
     if not infos:
         return None
-    until = min((now + rule.age / AHEAD for rule in rules if isinstance(rule, NewerThan)), default=_NEVER)
+    spans = (rule.age / AHEAD for rule in rules if isinstance(rule, NewerThan))
+    until = now + min([_NEVER - now, *spans])
     highest_step = max(info.step for info in infos)
     if any(info.damaged for info in infos) or len({info.step for info in infos}) < len(infos):
         # They go, or hold others' places, for reasons that are not looked into here.
@@ -113,7 +114,7 @@ def _watched_by(
             return (info for info, _ in rule.keeps(infos, now) if info.step // n in places)
         case NewerThan(age, time_of):
             kept = (info for info, _ in rule.keeps(infos, now))
-            return (info for info in kept if info.manifest and time_of(info.manifest.time) + age <= until)
+            return (info for info in kept if info.manifest and until - time_of(info.manifest.time) >= age)
         case Best():
             return (info for info, _ in rule.keeps(infos, now))
     return infos

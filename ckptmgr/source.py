@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from .errors import DamagedError
-from .listing import each
 from .manifest import MANIFEST_NAME, PIECE_SIZE, FileEntry, Manifest, pieces
 from .memory import address, buffer
 from .moves import move
 from .ranged import RangedFile
+from .records import each
 from .scatter import Wanted, damages, scatter
 from .store import Store
 from .transfer import Segment

@@ -14,12 +14,12 @@ import logging
 from collections.abc import Callable, Sequence
 
 from .draft import discard
-from .errors import DamagedError, FormatVersionError, StoreFullError
+from .errors import DamagedError, FormatVersionError, StoreError, StoreFullError
 from .fences import Fences
-from .listing import each, is_committed
+from .listing import is_committed
 from .manifest import MANIFEST_NAME
 from .pins import Pins
-from .records import FOLDER, Aside, AsideKey, DraftKey, Records
+from .records import FOLDER, Aside, AsideKey, DraftKey, Records, each
 from .store import Store
 from .store.leftovers import remove_leftovers
 from .trash import Trash
@@ -62,6 +62,7 @@ class Sweep:
         if self._since is not None:
             check()
             self._fences.settle()
+        self._remove_pins(check)
         if self._store.path is not None:
             done += remove_leftovers(self._store.path, FOLDER)
         if done:
@@ -135,6 +136,20 @@ class Sweep:
             else:
                 done += 1
         return done
+
+    def _remove_pins(self, check: Callable[[], None]) -> None:
+        """Remove the pins that have ended: those of readers that were killed, too. One that stays harms nobody."""
+        try:
+            if count := self._pins.remove_ended(check, self._now_s):
+                _log.info("pin.sweep.done url=%s removed=%d", self._store.url, count)
+        except StoreError as exc:
+            _log.warning("pin.sweep.failed url=%s cause=%s (the next sweep tries again)", self._store.url, exc)
+
+    def _now_s(self) -> float | None:
+        """When the writer's lock was last written, by the store's clock: a moment ago. None where nobody says."""
+        lock = self._store.stat(f"{FOLDER}/lock")  # on a local disk; elsewhere a lease
+        entries = [*([lock] if lock else []), *self._store.list(f"{FOLDER}/lease")]
+        return max((entry.modified for entry in entries if entry.modified is not None), default=None)
 
     def expel(self) -> None:
         """Remove what a writer that was fenced off has committed, or recorded, all the same since the sweep. Asks

@@ -9,6 +9,7 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +31,8 @@ from ckptmgr.config import (
     load_config,
 )
 from ckptmgr.errors import ConfigError
-from ckptmgr.quantities import format_duration, format_size, parse_duration, parse_size
+from ckptmgr.folder_names import NameTemplate
+from ckptmgr.quantities import MAX_DURATION, format_duration, format_size, parse_duration, parse_size
 from ckptmgr.retention import Best, KeepEverySteps, Last, NewerThan
 from ckptmgr.triggers import AtSteps, Every, EveryEpochs, EverySteps, Moment, OnRequest, OnSignals, When
 
@@ -310,6 +312,16 @@ def test_signals_that_do_not_exist_or_cannot_be_waited_for_are_refused(given_: s
             "digits and . _ + = @ % ~ - and begin with no dot",
         ),
         (
+            {"name": "{run}-{step}", "run": "r" * 190},
+            "argument: name: '{run}-{step}' given; gives folders with names of 201 characters with the run's name "
+            f"'{'r' * 59}, more than 200: shorten one of them",
+        ),
+        (
+            {"name": "{step:0201d}"},
+            "argument: name: '{step:0201d}' gives folders with names of 201 characters, more than 200: shorten the "
+            "template or the run's name",
+        ),
+        (
             {"latest": "step-00000005"},
             "argument: latest: 'step-00000005' given; looks like a folder of name: 'step-{step:08d}'; "
             "rename one of them",
@@ -340,6 +352,18 @@ def test_files_of_our_own_have_plain_names(name: str) -> None:
 
 def test_a_template_with_epoch_and_run_is_fine() -> None:
     assert load_config("x", name="{run}-e{epoch}-{step}", run="r.1").name == "{run}-e{epoch}-{step}"
+
+
+def test_a_name_that_is_too_long_is_refused_before_its_first_step_and_not_half_way() -> None:
+    names = NameTemplate("{run}-{step}")
+    assert load_config("x", name="{run}-{step}", run="r" * 189).run == "r" * 189
+    assert names.format(1, None, "r" * 189) == "r" * 189 + "-1"
+    assert len(names.format(9_999_999_999, None, "r" * 189)) == 200
+    for step in (1, 9_999_999_999):
+        with pytest.raises(ConfigError, match=r"gives run 'rr.* folders with names of 201 characters, more than 200:"):
+            names.format(step, None, "r" * 190)
+    with pytest.raises(ConfigError, match="of 201 characters"):
+        NameTemplate("{run}-e{epoch}-{step}").format(1, 1, "r" * 178)
 
 
 # Predicates.
@@ -495,11 +519,34 @@ def test_sizes_read_as_people_write_them(text: Any, size: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [0, "0", -1, "-1s", "0.0000001s", timedelta(0), 1e30, float("nan"), float("inf"), True, None, "1e3", "h", []],
+    [0, "0", -1, "-1s", "0.0000001s", timedelta(0), float("nan"), float("inf"), True, None, "1e3", "h", []],
 )
 def test_a_time_that_is_none_is_refused(text: Any) -> None:
     with pytest.raises(ValueError, match="must be a time above 0"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize("text", ["9999999d", "100000.1d", 8_640_000_001, 1e30, timedelta.max])
+def test_a_time_with_which_nothing_could_be_reckoned_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be at most 100000d \(about 270 years\); give a shorter time"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    "key", ["save.every", "save.grace", "keep.newer_than", "storage.deadline", "ranks.timeout", "lease_ttl"]
+)
+def test_every_time_in_the_settings_has_that_bound(key: str) -> None:
+    section, _, name = key.rpartition(".")
+    longest, longer = ({section: {name: text}} if section else {name: text} for text in ("100000d", "100001d"))
+    load_config("x", **longest)
+    (line,) = problems("x", **longer)
+    assert line.startswith(f"argument: {key}: ")
+    assert "; must be at most 100000d" in line
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Python waits for 49 days at most there")
+def test_the_longest_time_can_be_waited_for() -> None:
+    assert threading.Lock().acquire(timeout=MAX_DURATION.total_seconds())
 
 
 @pytest.mark.parametrize("text", [0, "0", -1, "0.5B", "64M", "MB", True, None, float("inf"), "1e3", []])
@@ -508,7 +555,7 @@ def test_a_size_that_is_none_is_refused(text: Any) -> None:
         parse_size(text)
 
 
-@given(st.timedeltas(timedelta(microseconds=1)))
+@given(st.timedeltas(timedelta(microseconds=1), MAX_DURATION))
 def test_a_written_duration_reads_back_as_itself(duration: timedelta) -> None:
     assert parse_duration(format_duration(duration)) == duration
 

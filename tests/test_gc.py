@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from servers import Bucket
 
 from ckptmgr.cli import main
 from ckptmgr.lock import acquire
+from ckptmgr.manifest import Manifest
 from ckptmgr.repository import Repository
 from ckptmgr.store import Store, open_store
 from ckptmgr.store.remote import FsspecStore
@@ -85,6 +87,36 @@ def test_a_folder_of_this_machine_has_drafts_too(tmp_path: Path) -> None:
     assert "1 piece of litter" in runner.invoke(main, ["gc", str(tmp_path / "runs"), "--dry-run"]).output
     assert runner.invoke(main, ["gc", str(tmp_path / "runs"), "--yes"]).exit_code == 0
     assert "0 pieces of litter" in runner.invoke(main, ["gc", str(tmp_path / "runs"), "--dry-run"]).output
+
+
+def _committed(root: Path) -> tuple[Repository, str]:
+    """A repository with a checkpoint of 5 bytes whose draft's note was left behind, and that note's key."""
+    repository = Repository(open_store(root, fsync=False), commit="manifest")
+    draft = repository.begin(7, None, "run")
+    with draft.create("model.bin") as file:
+        file.write(b"12345")
+    about = Manifest(step=7, run="run", attempt=1, nonce="", time=datetime.now(UTC), format="raw", files=())
+    info = draft.commit(about)
+    note = f".ckptmgr/drafts/{info.name}.{draft.nonce}"
+    repository.store.put(note, b"")
+    return repository, note
+
+
+def test_of_a_checkpoint_whose_note_was_left_behind_only_the_note_is_litter(tmp_path: Path) -> None:
+    repository, note = _committed(tmp_path)
+    told = json.loads(CliRunner().invoke(main, ["gc", str(tmp_path), "--json", "--yes"]).output)
+    assert [(one["kind"], one["key"], one["size"]) for one in told["litter"]] == [("draft", note, 0)]
+    assert (told["removed"], told["freed"]) == (1, 0)
+    assert repository.store.stat(note) is None
+    assert repository.verify(repository.find(7)) == []
+
+
+def test_what_may_be_a_checkpoints_is_not_called_litter(tmp_path: Path) -> None:
+    repository, note = _committed(tmp_path)
+    repository.store.put("step-00000007/manifest.json", b"torn")
+    told = json.loads(CliRunner().invoke(main, ["gc", str(tmp_path), "--json", "--yes"]).output)
+    assert told["litter"] == []
+    assert repository.store.stat(note) is not None
 
 
 def test_it_does_nothing_while_another_process_writes(s3_moto: Bucket) -> None:

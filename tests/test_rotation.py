@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -145,6 +146,16 @@ def test_a_pin_that_runs_out_lets_go() -> None:
     assert first is not None
     assert later is not None
     assert [names(first.drop), names(later.drop)] == [["step-2"], ["step-3", "step-1"]]
+
+
+def test_an_age_beyond_the_end_of_all_dates_keeps_everything() -> None:
+    late = CheckpointInfo("step-1", 1, replace(saved(1, 1).manifest, time=datetime(8999, 1, 1, tzinfo=UTC)))
+    for rule in (NewerThan(timedelta.max), NewerThan(timedelta(days=400_000))):
+        turns = Rotation([rule])
+        assert turns.plan([late, saved(2, 2)], NOW).drop == ()
+        made = turns.plan_after(saved(3, 3, attempt=2), NOW)
+        assert made is not None
+        assert made.drop == ()
 
 
 def test_an_unhealthy_one_goes_once_there_are_healthy_ones_enough() -> None:

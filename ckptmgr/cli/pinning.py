@@ -17,7 +17,7 @@ def _duration(_: click.Context, __: click.Parameter, text: str | None) -> timede
     try:
         return None if text is None else parse_duration(text)
     except ValueError as exc:
-        raise click.BadParameter(str(exc)) from exc
+        raise click.BadParameter(f"{exc}, or none to pin for ever") from exc
 
 
 @click.command(epilog="\b\nExample:\n  ckptmgr pin runs/digits 300 --tag paper --ttl 30d")

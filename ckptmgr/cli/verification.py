@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from ..manifest import CheckpointInfo
+from ..records import Records
 from ..repository import Repository
 from ..source import Problem
 from ..store import Reader, Store
@@ -48,17 +49,22 @@ class _Finding:
     help="Compare sizes, or read every byte and check its digest.",
 )
 @click.option("--all", "every", is_flag=True, help="Verify every checkpoint under URL.")
-def verify(root: Root, step: str | None, level: str, every: bool, as_json: bool) -> None:
+@click.option("--unmark", is_flag=True, help="Take the mark of damage away where every byte is as written after all.")
+def verify(root: Root, step: str | None, level: str, every: bool, unmark: bool, as_json: bool) -> None:
     """Check the files of a checkpoint, or of all.
 
-    By default those of the newest that is not known to be damaged. Changes nothing.
+    By default those of the newest that is not known to be damaged. Changes nothing, but with --unmark.
     """
     if every and step is not None:
         raise click.UsageError("give a STEP or --all, not both")
+    if unmark and level != "full":
+        raise click.UsageError("--unmark needs --level full: sizes alone do not show that a checkpoint is sound")
     infos = root.infos() if every else [root.find(step or "latest")]
     with _progress(infos, level) as advance:
         metered = Repository(cast(Store, _Metered(root.store, advance)))
         findings = [_verified(root.store, metered, info, level) for info in infos]
+    if unmark:
+        findings = [_unmarked(root.store, finding) for finding in findings]
     damaged = [finding for finding in findings if finding.state == "damaged"]
     if as_json:
         print_json(
@@ -86,6 +92,15 @@ def _verified(store: Store, metered: Repository, info: CheckpointInfo, level: st
     return _Finding(info, problems, is_gone)
 
 
+def _unmarked(store: Store, finding: _Finding) -> _Finding:
+    """The finding, with what a resume or a scrub once noted taken away where nothing is wrong any more."""
+    info = finding.info
+    if finding.problems or finding.is_gone or info.damaged is None or info.manifest is None:
+        return finding
+    Records(store).unmark_damaged(info.name, info.manifest.nonce)
+    return replace(finding, info=replace(info, damaged=None))
+
+
 def _record(root: Root, finding: _Finding) -> dict[str, Any]:
     info = finding.info
     return {
@@ -107,7 +122,8 @@ def _print(finding: _Finding) -> None:
     for problem in finding.problems:
         click.echo(f"         {plain(str(problem))}")
     if not finding.problems:
-        click.echo(f"         its bytes are as written, but it is marked: {plain(info.damaged or '')}")
+        reason = plain(info.damaged or "")
+        click.echo(f"         its bytes are as written, but it was marked: {reason} (--unmark takes the mark away)")
 
 
 class _Metered:

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
 
 from ..errors import ConfigError
-from ..folder_names import NameTemplate
+from ..folder_names import MAX_LENGTH, NameTemplate
 from ..manifest import digest
 from ..retention import Best, KeepEverySteps, KeepRule, Last, NewerThan
 from ..triggers import (
@@ -233,6 +233,11 @@ class CheckpointConfig(_Section):
         template = NameTemplate(name)
         run, save = info.data.get("run"), info.data.get("save")
         if run:
+            if (length := template.length(run)) > MAX_LENGTH:
+                raise ValueError(
+                    f"gives folders with names of {length} characters with the run's name {run!r:.60}, more than "
+                    f"{MAX_LENGTH}: shorten one of them"
+                )
             try:
                 template.format(step=1, epoch=1, run=run)
             except ConfigError as exc:
