@@ -212,10 +212,15 @@ class Draft:
                 _log.warning("draft.record.kept key=%s cause=%s (the next sweep removes it)", self._record, exc)
         return CheckpointInfo(self.name, manifest.step, manifest, pins=pins)
 
+    def let_go(self) -> None:
+        """Give up what was written and is not finished: all that a rank does with a draft that another one aborts."""
+        whole, self._whole = self._whole, ()
+        for writer in whole:
+            writer.abort()
+
     def abort(self) -> None:
         """Remove what was written. Never raises: what can't be removed now is left to a sweep."""
-        for writer in self._whole:
-            writer.abort()
+        self.let_go()
         try:
             discard(self._store, self.name, self.nonce)
         except CheckpointError as exc:

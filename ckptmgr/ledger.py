@@ -6,16 +6,21 @@ marks of damage, is read each time.
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from weakref import WeakMethod
 
 from .clock import SafeClock
 from .config import KeepConfig
-from .manifest import CheckpointInfo, Pin
+from .errors import StoreError
+from .manifest import CheckpointInfo, Manifest, Pin
 from .repository import Repository
-from .retention import KeepRule, Plan, plan
+from .retention import Best, KeepEverySteps, KeepRule, NewerThan, Plan, plan
 from .rotation import Rotation
+
+_log = logging.getLogger("ckptmgr.run")
 
 
 class Ledger:
@@ -34,6 +39,8 @@ class Ledger:
         self._read = WeakMethod(read)  # else the run would live on, with its lock, when nobody has it any more
         self._rotation = Rotation(rules, min_good=keep.min_good, max_bytes=keep.max_bytes)
         self._known: dict[str, CheckpointInfo] | None = None  # by folder; None: to be read
+        # Metrics that keep.best asks for, until a save lacks one for the first time.
+        self._ranked_by = {rule.metric for rule in rules if isinstance(rule, Best)}
         self._records: tuple[list[Pin], dict[tuple[str, str], str]] | None = None  # at the last plan
 
     def forget(self) -> None:
@@ -49,8 +56,20 @@ class Ledger:
         self._known = {info.name: info for info in infos}
 
     def add(self, info: CheckpointInfo) -> None:
+        """This one was committed."""
+        if info.manifest is not None and info.manifest.metrics:
+            self._warn_if_unranked(info.manifest)
         if self._known is not None:
             self._known[info.name] = info
+
+    def _warn_if_unranked(self, manifest: Manifest) -> None:
+        """Say so once when a save has metrics, but not the one that keep.best asks for."""
+        for metric in sorted(self._ranked_by - manifest.metrics.keys()):
+            self._ranked_by.discard(metric)
+            _log.warning(
+                "keep.best.missing step=%d metric=%s: this save has %s, and one without it is never the best%s",
+                manifest.step, metric, ", ".join(manifest.metrics), did_you_mean(metric, manifest.metrics),
+            )  # fmt: skip
 
     def remove(self, info: CheckpointInfo) -> None:
         if self._known is not None:
@@ -83,6 +102,74 @@ class Ledger:
         min_good, max_bytes = self._keep.min_good, self._keep.max_bytes
         return plan(known, self._rules, now=self._clock.now(), min_good=min_good, max_bytes=max_bytes)
 
+    def judge_seen(self, infos: Iterable[CheckpointInfo], *, marks: bool) -> Plan:
+        """The same, after a look at the files of those that others are to go for: what has not the sizes of its
+        manifest counts as damaged, and is marked so with `marks`. For deletions that a person asks for: after each
+        save it would cost too much."""
+        # Where nothing goes it costs nothing, and else a listing of a folder for each of those relied on. Ten thousand
+        # of them take a second or two on a disk, and over a network about as long as their manifests took to read.
+        known = {info.name: info for info in infos}
+        looked_at: set[str] = set()
+        ahead = 0
+        while True:
+            made = self.judge(known.values())
+            # Where much is damaged the next in line are looked at, too: else each would take a plan of its own.
+            wanted = [*self._relied_on(made), *(verdict.info for verdict in made.drop[:ahead])] if made.drop else []
+            wanted = [info for info in wanted if info.damaged is None and info.name not in looked_at]
+            there = {info.name: info for info in self._repository.seen(wanted)}
+            looked_at.update(there)
+            if all(there.get(info.name) is info for info in wanted):
+                return made
+            for info in wanted:
+                seen = there.get(info.name)
+                if seen is None:  # deleted meanwhile
+                    del known[info.name]
+                    self.remove(info)
+                elif seen is not info:
+                    known[info.name] = seen
+                    if marks:
+                        self._mark_damaged(seen)
+            ahead = 2 * ahead or 16
+
+    def has_sound(self, infos: Iterable[CheckpointInfo], *, marks: bool) -> bool:
+        """Whether one of these is sound, by the sizes of its files, too. Looks no further than the first that is;
+        `marks` is as with `judge_seen`."""
+        for info in infos:
+            for seen in self._repository.seen([info]) if info.damaged is None else ():
+                if seen.damaged is None:
+                    return True
+                if marks:
+                    self._mark_damaged(seen)
+        return False
+
+    def _mark_damaged(self, info: CheckpointInfo) -> None:
+        """A store that takes no mark, such as a full disk, must not stop what makes room in it."""
+        url = self._repository.store.url
+        _log.warning("retention.damaged step=%d url=%s/%s cause=%s", info.step, url, info.name, info.damaged)
+        try:
+            self._repository.mark_damaged(info, info.damaged or "")
+        except StoreError as exc:
+            _log.warning("damage.mark.failed step=%d url=%s cause=%s", info.step, url, exc)
+
+    def _relied_on(self, made: Plan) -> list[CheckpointInfo]:
+        """Of those that stay the ones in whose place, were they damaged, one would stay that goes."""
+        kept, going = (
+            [verdict.info for verdict in verdicts if verdict.info.damaged is None]
+            for verdicts in (made.keep, made.drop)
+        )
+        if self._keep.max_bytes is not None or len({info.step for info in (*kept, *going)}) < len(kept) + len(going):
+            return kept  # each takes up room, or the place of another one of its step
+        names = {info.name for info in made.must}
+        for rule in self._rules:
+            if isinstance(rule, NewerThan):
+                continue  # which judges each by itself
+            its = [info for info, _ in rule.keeps(kept, self._clock.now())]
+            if isinstance(rule, KeepEverySteps):
+                places = {info.step // rule.n for info in going}
+                its = [info for info in its if info.step // rule.n in places]
+            names |= {info.name for info in its}
+        return [info for info in kept if info.name in names]
+
     def plan(self) -> Plan:
         """What the keep rules say of all. One whose manifest can't be read is not judged: only a person can tell what
         it was."""
@@ -105,3 +192,9 @@ class Ledger:
             return made
         self.forget()
         return self.plan()
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is none of those known."""
+    close = difflib.get_close_matches(word, [*known], n=1)
+    return f"; did you mean {close[0]}?" if close else ""

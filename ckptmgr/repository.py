@@ -18,6 +18,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
 
@@ -27,9 +28,9 @@ from .fences import Fences
 from .folder_names import DEFAULT_NAMES, NameTemplate
 from .listing import Listing, current, read_checkpoint
 from .lock import last_writer
-from .manifest import MANIFEST_NAME, CheckpointInfo, Pin
+from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, CheckpointInfo, Pin
 from .pins import Pins, check_free
-from .records import FOLDER, Aside, Records, is_refused, new_nonce
+from .records import FOLDER, Aside, Records, each, is_refused, new_nonce
 from .source import Problem, Source
 from .store import Store, Writer
 from .sweep import Sweep
@@ -50,11 +51,6 @@ class Repository:
         pointer: str = "latest",
         commit: str = "auto",
     ) -> None:
-        if commit == "rename" and not store.can_rename:
-            raise ConfigError(
-                f"commit: rename is not possible at {store.url}: its folders can't be renamed in one step; "
-                "use auto or manifest"
-            )
         self.store = store
         self.names = names or DEFAULT_NAMES
         self._templates = tuple(dict.fromkeys((self.names, DEFAULT_NAMES)))
@@ -67,8 +63,16 @@ class Repository:
 
     @property
     def renames(self) -> bool:
-        """Whether a commit is a rename (else it is the creation of the manifest)."""
-        return self._commit != "manifest" and self.store.can_rename
+        """Whether a commit is a rename (else it is the creation of the manifest). For writers: it may be tried.
+        Raises `ConfigError` where it was to be one and can't."""
+        if self._commit == "manifest" or self.store.can_rename:
+            return self._commit != "manifest"
+        if self._commit == "rename":
+            raise ConfigError(
+                f"commit: rename is not possible at {self.store.url}: its folders can't be renamed in one step; "
+                "use auto or manifest"
+            )
+        return False
 
     # What is there
 
@@ -101,6 +105,18 @@ class Repository:
     def read(self, name: str) -> CheckpointInfo | None:
         """The checkpoint in a folder, without pins and known damage, or None when there is none."""
         return read_checkpoint(self.store, name, self._templates)
+
+    def is_itself_one(self) -> bool:
+        """Whether this is no root but the folder of a checkpoint. Other people have files of that name, too."""
+        try:
+            data = self.store.get(MANIFEST_NAME, 0, MAX_MANIFEST_SIZE)
+        except NotFoundError:
+            return False
+        except StoreError as exc:
+            if not is_refused(self.store, exc):
+                raise
+            return False
+        return b'"format_version"' in data and b'"nonce"' in data
 
     def find(self, which: int | str, infos: Sequence[CheckpointInfo] | None = None) -> CheckpointInfo:
         """One checkpoint by step, folder name, tag, or "latest" (the newest not known damaged).
@@ -156,6 +172,18 @@ class Repository:
         if info.manifest is None:
             return [Problem(MANIFEST_NAME, info.damaged or "can't be read")]
         return Source(self.store, info.name, info.manifest, level).problems(level)
+
+    def seen(self, infos: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
+        """These after a look at the sizes of their files: `damaged` where one is wrong, and without those that were
+        deleted meanwhile. Lists the folder of each, several at a time over a network; marks none."""
+        return [info for info in each(self.store, self._seen, infos) if info is not None]
+
+    def _seen(self, info: CheckpointInfo) -> CheckpointInfo | None:
+        try:
+            self.open(info, "size")
+        except DamagedError as exc:
+            return replace(info, damaged=str(exc)) if self.is_there(info) else None
+        return info
 
     # How one comes
 

@@ -60,6 +60,7 @@ class Run:
             for rule in config.keep_rules()
         ]
         self._ledger = Ledger(self.repository, self._rules, config.keep, self.clock, self.infos)
+        self._is_root = False  # whether it is known to be no checkpoint itself
 
     # Reading
 
@@ -72,8 +73,9 @@ class Run:
 
     def newest_first(self, listing: Listing | None = None) -> Iterator[CheckpointInfo]:
         """The run's checkpoints one after the other, with no more read than that takes. Without a name
-        yet, the run of the newest one. Raises `AlreadyExistsError` when the root holds another run."""
-        return self._ours((listing or self.listing()).newest_first())
+        yet, the run of the newest one. Raises `AlreadyExistsError` when the root holds another run, and `ConfigError`
+        when it is a checkpoint itself."""
+        return self._any(self._ours((listing or self.listing()).newest_first()))
 
     def infos(self, listing: Listing | None = None) -> list[CheckpointInfo]:
         """All of them, newest first; what `newest_first` says goes for it too."""
@@ -95,8 +97,29 @@ class Run:
                 f"set run: {run}, use another root, or pass fresh=True to archive what is there"
             )
 
+    def _any(self, infos: Iterator[CheckpointInfo]) -> Iterator[CheckpointInfo]:
+        """These; where there are none the root may be none."""
+        first = next(infos, None)
+        if first is None:
+            self._check_root()
+            return
+        yield first
+        yield from infos
+
+    def _check_root(self) -> None:
+        """For where no checkpoint was found. Raises `ConfigError` when the root is one itself."""
+        if not self._is_root and self.repository.is_itself_one():
+            raise ConfigError(
+                f"{self.url} is no root of a run: it is a checkpoint itself; give the folder above it, where "
+                "resume(step=...) and load(step) find this one, or a new root, and this URL to warm_start() for the "
+                "weights alone"
+            )
+        self._is_root = True
+
     def find(self, step: int | str, infos: Sequence[CheckpointInfo]) -> CheckpointInfo:
         """One of `infos` by number, "latest", "best" or tag. Raises `NotFoundError`."""
+        if not infos:
+            self._check_root()
         if step != "best":
             return self.repository.find(step, infos)
         best = self.best(infos)
@@ -112,10 +135,15 @@ class Run:
         sound = [info for info in infos if info.damaged is None]
         return next((info for info, _ in replace(rule, count=1).keeps(sound, datetime.now(UTC))), None)
 
-    def plan(self) -> Plan:
-        """What the keep rules say of this run's checkpoints. One whose manifest can't be read is not
-        judged: only a person can tell what it was."""
-        return self._ledger.judge(self.infos())
+    def plan(self, *, marks: bool = False) -> Plan:
+        """What the keep rules say of this run's checkpoints, where the sizes of what is to stay were compared with its
+        manifest. One whose manifest can't be read is not judged: only a person can tell what it was. With `marks`, for
+        the writer, what was found damaged is remembered."""
+        return self._ledger.judge_seen(self.infos(), marks=marks)
+
+    def has_sound(self, infos: Iterable[CheckpointInfo], *, marks: bool = False) -> bool:
+        """Whether one of these is sound, by the sizes of its files, too; `marks` is as with `plan`."""
+        return self._ledger.has_sound(infos, marks=marks)
 
     # Becoming the writer
 
@@ -125,10 +153,13 @@ class Run:
             raise ConfigError(f"the manager of {self.url} was opened with read_only=True and does not write")
         if self._lock is None:
             store = self.repository.store
+            _ = self.repository.renames  # which may not be possible
             floor = last_writer(store)
             if not floor:
-                attempts = (info.manifest.attempt for info in self.repository.infos() if info.manifest is not None)
-                floor = max(attempts, default=0)
+                infos = self.repository.infos()
+                if not infos:
+                    self._check_root()  # before the lock writes into it
+                floor = max((info.manifest.attempt for info in infos if info.manifest is not None), default=0)
             ttl_s = self._config.lease_ttl.total_seconds()
             announce = self.repository.announce
             self._lock = acquire(store, floor=floor, takeover=self._takeover, ttl_s=ttl_s, announce=announce)
@@ -167,6 +198,7 @@ class Run:
                 f"{self.url} holds {len(infos)} checkpoint(s), the newest of step {infos[0].step}, and nobody resumed "
                 "from them: call resume() first, use another root, or pass fresh=True to archive them and start over"
             )
+        self._check_root()
         self._begin_new([])
 
     def _begin_new(self, left: Iterable[CheckpointInfo]) -> None:
@@ -182,6 +214,8 @@ class Run:
         self._archive(infos)
         if infos:
             self.repository.point(None)
+        else:
+            self._check_root()
         self._begin_new(info for info in infos if info.manifest is None)
 
     def go_on_from(self, info: CheckpointInfo, listing: Listing, damaged: Collection[str] = ()) -> None:
@@ -239,9 +273,10 @@ class Run:
                 self._make_way(info, replaces=replaces)
         except FencedError:
             raise
-        except CheckpointError as exc:
+        except Exception as exc:  # noqa: BLE001 - whatever it is, the save is there and must not be told to have failed
             self._ledger.forget()
-            _log.warning("retention.failed step=%d url=%s cause=%s", info.step, self.url, exc)
+            cause = exc if isinstance(exc, CheckpointError) else repr(exc)
+            _log.warning("retention.failed step=%d url=%s cause=%s", info.step, self.url, cause)
         finally:
             self.repository.forget_pointing()
 
@@ -258,10 +293,11 @@ class Run:
         self.rotate(info)
 
     def retain(self) -> Plan:
-        """Become the writer, and carry out what the keep rules say of what is in the root now."""
+        """Become the writer, and carry out what the keep rules say of what is in the root now, as `plan` does."""
         self.hold()
         self._ledger.forget()
-        made = self._ledger.plan()
+        self._ledger.forget_plan()
+        made = self._ledger.judge_seen(self._ledger.infos(), marks=True)
         self._carry_out(made)
         return made
 

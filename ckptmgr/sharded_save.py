@@ -144,8 +144,11 @@ class ShardedSave:
             own.write({name: Whole(data) for name, data in finish(self._plans.index, [r for r, _ in written]).items()})
             return committer.commit(own, self._about, self._request)
 
-        with committer.aborting(draft):
-            return ranks.patient.exchange(what, mine, decide)
+        try:
+            with committer.aborting(draft):
+                return ranks.patient.exchange(what, mine, decide)
+        finally:
+            own.let_go()
 
     def _written(self, draft: Draft) -> list[Row]:
         assert self._flat is not None

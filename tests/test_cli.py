@@ -20,6 +20,7 @@ import yaml
 from click.testing import CliRunner, Result
 from servers import Bucket
 
+from ckptmgr import CheckpointManager, ConfigError
 from ckptmgr.cli import main
 from ckptmgr.cli.tables import age_text, metrics_text, size_text
 from ckptmgr.config import CheckpointConfig
@@ -288,6 +289,19 @@ def test_verify_counts_what_failed_to_load_as_damaged(repository: Repository, ur
     assert "did not parse" in call("verify", url, "200", expect=DAMAGED).stdout
 
 
+def test_verify_takes_a_mark_away_when_asked_to_and_every_byte_is_as_written(repository: Repository, url: str) -> None:
+    newest, older, *_ = repository.infos()
+    spoil(older, url)
+    for info in (newest, older):
+        repository.mark_damaged(info, "could not be read")
+    found = call("verify", url, "--all", expect=DAMAGED)
+    assert "its bytes are as written, but it was marked: could not be read (--unmark takes" in found.stdout
+    assert "2 damaged" in found.stdout
+    assert "1 damaged" in call("verify", url, "--all", "--unmark", expect=DAMAGED).stdout
+    assert [bool(info.damaged) for info in repository.infos()[:2]] == [False, True]
+    call("verify", url, "--unmark", "--level", "size", expect=WRONG)
+
+
 def test_verify_does_not_call_it_damage_when_training_deletes_one_meanwhile(
     repository: Repository, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,7 +387,8 @@ def test_prune_refuses_a_best_rule_that_it_cannot_read(url: str, rule: str) -> N
     assert "METRIC:min" in call("prune", url, "--keep-best", rule, expect=WRONG).stderr
 
 
-def test_a_metric_may_have_a_colon(url: str) -> None:
+def test_a_metric_may_have_a_colon(repository: Repository, url: str) -> None:
+    commit(repository, 400, metrics={"acc@top:1": 1.0})
     assert "top:1:max" not in call("prune", url, "--keep-best", "acc@top:1:max:2", "--dry-run").stdout
 
 
@@ -648,7 +663,7 @@ def test_a_configuration_gives_names_and_pointer(tmp_path: Path) -> None:
     path = config_file(tmp_path, root=str(tmp_path / "r"), name="at{step}", latest="newest")
     listed = answer("ls", path)
     assert ({one["name"] for one in listed["checkpoints"]}, listed["latest"]) == ({"at5", "at6"}, "at5")
-    assert answer("ls", tmp_path / "r")["latest"] is None
+    assert answer("ls", tmp_path / "r")["pointer"] is None
 
 
 # Errors
@@ -841,3 +856,127 @@ def _own_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_pin_that_is_to_hold_too_long_is_refused_and_told_how_to_hold_for_ever(
+    repository: Repository, url: str
+) -> None:
+    told = call("pin", url, "100", "--ttl", "9999999d", expect=WRONG).stderr
+    assert "must be at most 100000d (about 270 years); give a shorter time, or none to pin for ever" in told
+    with (
+        CheckpointManager(url, read_only=True) as manager,
+        pytest.raises(ConfigError, match=r"^ttl='9999999d': must be at most 100000d .*, or none to pin for ever$"),
+    ):
+        manager.pin(100, ttl="9999999d")
+    assert repository.pins(100) == []
+    call("pin", url, "100", "--ttl", "100000d")
+    assert [pin.holds(datetime.now(UTC) + timedelta(days=99_000)) for pin in repository.pins(100)] == [True]
+
+
+def test_pin_says_of_a_long_tag_that_it_is_too_long(repository: Repository, url: str) -> None:
+    told = call("pin", url, "100", "--tag", "t" * 240, expect=WRONG).stderr
+    assert "has 240 characters, more than 200: use a shorter one" in told
+    assert repository.pins(100) == []
+
+
+# What a person deletes, and what is to stay instead
+
+
+def cut(info: CheckpointInfo, url: str) -> None:
+    (Path(url) / info.name / "data.bin").write_bytes(b"x")
+
+
+def test_prune_counts_only_those_whose_files_have_the_right_sizes(repository: Repository, url: str) -> None:
+    cut(repository.find(300), url)
+    planned = answer("prune", url, "--keep-last", "1", "--dry-run")
+    assert [(one["step"], one["damage"] is None) for one in planned["keep"]] == [(300, False), (200, True)]
+    assert "data.bin: has 1 bytes, not the 300" in call("prune", url, "--keep-last", "1", "--dry-run").stdout
+    assert [info.damaged for info in repository.infos()] == [None] * 3  # a dry run leaves no mark
+    assert answer("prune", url, "--keep-last", "1", "--yes")["dropped"] == ["step-00000100"]
+    assert [(info.step, info.damaged is None) for info in repository.infos()] == [(300, False), (200, True)]
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        ("--keep-best", "loss:min"),
+        ("--keep-every-steps", "300"),
+        ("--max-bytes", "300"),
+        ("--keep-last", "1", "--min-good", "1"),
+    ],
+)
+def test_whatever_the_rule_a_good_checkpoint_is_left_where_the_one_it_prefers_lacks_bytes(
+    repository: Repository, url: str, rules: tuple[str, ...]
+) -> None:
+    cut(repository.find(300), url)
+    answer("prune", url, *rules, "--yes")
+    assert answer("verify", url, "200")["damaged"] == 0
+
+
+def test_prune_where_the_newer_half_lacks_bytes_keeps_the_newest_good_one(tmp_path: Path) -> None:
+    made = Repository(open_store(tmp_path / "runs", fsync=False))
+    for step in range(1, 101):
+        info = commit(made, step)
+        if step > 50:
+            (tmp_path / "runs" / info.name / "data.bin").unlink()
+    answer("prune", tmp_path / "runs", "--keep-last", "1", "--yes")
+    assert [info.step for info in made.infos() if info.damaged is None] == [50]
+
+
+def test_rm_takes_none_that_lacks_bytes_for_the_good_one_that_is_left(repository: Repository, url: str) -> None:
+    cut(repository.find(300), url)
+    stderr = call("rm", url, "100", "200", "--yes", expect=WRONG).stderr
+    assert "no good checkpoint would be left" in stderr
+    assert "verify --all" in stderr
+    assert steps(url) == [300, 200, 100]
+    assert answer("rm", url, "100", "--yes")["dropped"] == ["step-00000100"]
+    assert [(info.step, info.damaged is None) for info in repository.infos()] == [(300, False), (200, True)]
+    assert answer("rm", url, "300", "--yes")["dropped"] == ["step-00000300"]
+    call("rm", url, "200", "--yes", expect=WRONG)
+    assert answer("rm", url, "200", "--yes", "--force")["dropped"] == ["step-00000200"]
+
+
+def test_prune_refuses_a_metric_that_no_checkpoint_has(repository: Repository, url: str) -> None:
+    commit(repository, 400, metrics={"acc": 0.5})
+    for flag in ("--yes", "--dry-run"):
+        stderr = call("prune", url, "--keep-best", "lss:min", flag, expect=WRONG).stderr
+        there = "metrics there: acc, loss, odd; did you mean loss?"
+        assert stderr == f"ckptmgr: no checkpoint in {url} has a metric lss; {there}\n"
+    assert "acc, loss, odd\n" in call("prune", url, "--keep-best", "wer:min", "--yes", expect=WRONG).stderr
+    assert steps(url) == [400, 300, 200, 100]
+
+
+def test_ls_marks_what_latest_prints(repository: Repository, url: str) -> None:
+    repository.mark_damaged(repository.find(300), "torn")
+    assert repository.pointer() == "step-00000300"
+    marked = [line for line in lines(call("ls", url)) if line.endswith("<- latest")]
+    assert [line.split()[-3] for line in marked] == ["step-00000200"]
+    listed = answer("ls", url)
+    assert (listed["latest"], listed["pointer"]) == ("step-00000200", "step-00000300")
+    assert answer("latest", url)["name"] == "step-00000200"
+
+
+def test_another_ones_manifest_json_in_a_root_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    assert call("ls", tmp_path, expect=NOT_FOUND).stderr == f"ckptmgr: no checkpoint in {tmp_path}\n"
+
+
+def test_under_a_cap_one_that_lacks_bytes_takes_no_room_from_a_good_one(repository: Repository, url: str) -> None:
+    cut(repository.find(200), url)
+    assert answer("prune", url, "--max-bytes", "500", "--yes")["dropped"] == ["step-00000200"]
+
+
+def test_one_that_lacks_bytes_takes_no_place_of_an_earlier_one_of_its_step(repository: Repository, url: str) -> None:
+    second = commit(repository, 200, attempt=2)
+    commit(repository, 400, attempt=2)
+    rules = ("--keep-newer-than", "24h")
+    assert [one["name"] for one in answer("prune", url, *rules, "--dry-run")["drop"]] == ["step-00000200"]
+    cut(second, url)
+    assert [one["name"] for one in answer("prune", url, *rules, "--dry-run")["drop"]] == [second.name]
+
+
+def test_rm_of_what_is_known_to_be_damaged_takes_no_good_one_away(repository: Repository, url: str) -> None:
+    repository.mark_damaged(repository.find(300), "torn")
+    for step in (100, 200):
+        cut(repository.find(step), url)
+    assert answer("rm", url, "300", "--yes")["dropped"] == ["step-00000300"]

@@ -1145,3 +1145,94 @@ def test_a_save_that_does_not_fit_before_the_end_is_written_without_a_copy_and_s
     assert ("save.hurry: the last save took" in caplog.text) is not in_background
     manager.close()
     assert manager.load(2)["x"][0] == 7
+
+
+def cut(store: MemoryStore, step: int) -> None:
+    """Take the last byte of a checkpoint's weights."""
+    (key,) = (key for key in store.objects if key.startswith(f"step-{step:08d}/") and key.endswith(".safetensors"))
+    store.put(key, store.get(key)[:-1])
+
+
+def test_a_prune_counts_only_those_whose_files_have_the_right_sizes(
+    open_manager: Callable[..., CheckpointManager], store: MemoryStore
+) -> None:
+    manager = open_manager(keep={"last": 3})
+    for step in (1, 2, 3):
+        manager.save(state(step), step)
+    manager.close()
+    cut(store, 3)
+    manager = open_manager(keep={"last": 1})
+    assert [verdict.info.step for verdict in manager.prune(dry_run=True).drop] == [1]
+    assert manager.info(3).damaged is None  # a dry run leaves no mark
+    assert [verdict.info.step for verdict in manager.prune().drop] == [1]
+    assert "x.safetensors: has" in str(manager.info(3).damaged)
+    assert manager.resume().step == 2
+
+
+def test_metrics_without_the_one_of_keep_best_are_warned_of_once(
+    open_manager: Callable[..., CheckpointManager], caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = open_manager(keep={"best": {"metric": "val_loss", "mode": "min"}})
+    manager.save(state(), 1)  # none at all: nobody meant to be ranked
+    manager.save(state(), 2, metrics={"val_loss": 1.0, "acc": 0.5})
+    assert "keep.best" not in caplog.text
+    for step in (3, 4):
+        manager.save(state(), step, metrics={"acc": 0.5, "valloss": 1.0})
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert told == [
+        "keep.best.missing step=3 metric=val_loss: this save has acc, valloss, and one without it is never the best; "
+        "did you mean valloss?"
+    ]
+
+
+@pytest.mark.parametrize("can_rename", [True, False])
+def test_a_checkpoint_is_no_root_and_stays_as_it_is(can_rename: bool) -> None:
+    root = MemoryStore(can_rename=can_rename)
+    with CheckpointManager("root", store=root, background=False) as manager:
+        manager.save(state(), 1)
+    inside = MemoryStore(can_rename=can_rename)
+    inside.objects = {
+        key.removeprefix("step-00000001/"): value for key, value in root.objects.items() if key.startswith("step-")
+    }
+    before = dict(inside.objects)
+    calls: list[tuple[dict[str, bool], Callable[[CheckpointManager], object]]] = [
+        ({}, lambda manager: manager.resume()),
+        ({}, lambda manager: manager.save(state(), 2)),
+        ({}, lambda manager: manager.prepare(state())),
+        ({"fresh": True}, lambda manager: manager.resume()),
+        ({"read_only": True}, lambda manager: manager.resume()),
+        ({"read_only": True}, lambda manager: manager.load()),
+        ({"read_only": True}, lambda manager: manager.load(1)),
+    ]
+    for settings, call in calls:
+        manager = CheckpointManager("inside", store=inside, background=False, **settings)
+        with pytest.raises(ConfigError, match=r"is a checkpoint itself; give the folder above it.*warm_start"):
+            call(manager)
+        manager.close()
+    assert inside.objects == before
+
+
+def test_a_root_where_a_run_began_inside_a_checkpoint_and_saved_nothing_is_told_so_too(
+    open_manager: Callable[..., CheckpointManager], store: MemoryStore
+) -> None:
+    manager = open_manager()
+    manager.prepare(state())
+    manager.close()
+    with CheckpointManager("other", store=(other := MemoryStore()), background=False) as source:
+        source.save(state(), 1)
+    store.put("manifest.json", other.get("step-00000001/manifest.json"))
+    for fresh in (False, True):
+        manager = open_manager(fresh=fresh)
+        with pytest.raises(ConfigError, match="is a checkpoint itself"):
+            manager.save(state(), 2)
+        manager.close()
+
+
+def test_another_ones_manifest_json_does_not_stand_in_the_way_of_a_run(
+    open_manager: Callable[..., CheckpointManager], store: MemoryStore
+) -> None:
+    store.put("manifest.json", b'{"name": "a web page"}')
+    manager = open_manager()
+    assert not manager.resume()
+    manager.save(state(), 1)
+    assert manager.all_steps() == [1]

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import itertools
+import json
 import os
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from ckptmgr import CheckpointManager
 from ckptmgr.errors import (
     AlreadyExistsError,
     ConfigError,
@@ -23,8 +27,9 @@ from ckptmgr.errors import (
     NotFoundError,
     StoreError,
 )
-from ckptmgr.folder_names import NameTemplate, guessed_step
+from ckptmgr.folder_names import MAX_LENGTH, NameTemplate, guessed_step
 from ckptmgr.litter import litter
+from ckptmgr.lock import acquire
 from ckptmgr.manifest import PIECE_SIZE, CheckpointInfo, FileEntry, Manifest, digest
 from ckptmgr.repository import Repository
 from ckptmgr.store import Store
@@ -98,6 +103,23 @@ def test_small_files_are_whole_at_the_commit_or_when_their_rank_finishes_them(re
     first.adopt(other.entries)
     info = first.commit(about(3), verify="full")
     assert repository.verify(info) == []
+
+
+def open_files() -> int:
+    """How many this process has open, where the system says."""
+    return len([*Path("/proc/self/fd").iterdir()]) if sys.platform == "linux" else 0
+
+
+def test_a_rank_lets_go_of_files_that_it_has_not_finished_when_another_one_aborts(tmp_path: Path) -> None:
+    repository = Repository(LocalStore(tmp_path / "root"))
+    first = repository.begin(3, None, "run")
+    other = repository.join(first.name, first.nonce)
+    before = open_files()
+    other.write({"b.bin": _Body(b"b")})
+    other.let_go()
+    assert open_files() == before
+    assert not [key for key in keys(repository.store) if key.endswith("b.bin")]
+    first.abort()
 
 
 def test_an_aborted_draft_leaves_nothing_of_files_that_were_not_finished(repository: Repository) -> None:
@@ -860,9 +882,31 @@ def test_a_manifest_that_nobody_could_read_is_never_committed(repository: Reposi
     assert keys(repository.store) == set()
 
 
-def test_commit_rename_is_refused_where_folders_cannot_be_renamed() -> None:
+def test_commit_rename_is_refused_to_writers_where_folders_cannot_be_renamed() -> None:
+    store = MemoryStore(can_rename=False)
+    commit(Repository(store), 1)
+    repository = Repository(store, commit="rename")
+    assert [info.step for info in repository.infos()] == [1]
     with pytest.raises(ConfigError, match="commit: rename is not possible"):
-        Repository(MemoryStore(can_rename=False), commit="rename")
+        repository.begin(2, None, "run")
+    with pytest.raises(ConfigError, match="commit: rename is not possible"):
+        CheckpointManager("memory", store=store, commit="rename").resume()
+
+
+def test_a_reader_of_a_root_that_it_may_not_write_to_tries_no_rename(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "root", commit="rename", background=False) as manager:
+        manager.save({"x": 1}, 1)
+    tried: list[str] = []
+
+    def refuse(call: Call) -> None:
+        tried.append(call.name)
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with SystemCalls(tmp_path, before=refuse):
+        assert CheckpointManager(tmp_path / "root", commit="rename", read_only=True).load()["x"] == 1
+        assert tried == []
+        with pytest.raises(StoreError, match="no permission"):
+            CheckpointManager(tmp_path / "root", commit="rename").resume()
 
 
 def test_commit_manifest_works_on_a_local_disk(tmp_path: Path) -> None:
@@ -1072,3 +1116,216 @@ def test_notes_of_closed_drafts_outlive_the_writer_that_put_them_and_are_no_litt
     third.expel()
     assert third.infos() == []
     assert third.begin(2, None, "run").name != draft.name
+
+
+# Pins that have ended, and names that are too long
+
+
+def put_pin(store: Store, info: CheckpointInfo, tag: str, *, ended: timedelta, ttl: timedelta, put: timedelta) -> str:
+    """A pin that ended so long ago by its writer's clock, and was put so long ago by the store's; its key."""
+    key = pin_key(info, tag)
+    body = {"step": info.step, "expires": (datetime.now(UTC) - ended).isoformat(), "ttl_s": ttl.total_seconds()}
+    store.put(key, json.dumps(body).encode())
+    age_file(store, key, put)
+    return key
+
+
+def age_file(store: Store, key: str, by: timedelta) -> None:
+    if isinstance(store, MemoryStore):
+        data, modified = store.objects[key]
+        store.objects[key] = (data, modified - by.total_seconds())
+    else:
+        assert store.path is not None
+        modified = (store.path / key).stat().st_mtime - by.total_seconds()
+        os.utime(store.path / key, (modified, modified))
+
+
+def sweep(store: Store, check: Callable[[], None] = lambda: None) -> None:
+    """As a writer does that comes."""
+    lock = acquire(store)
+    try:
+        Repository(store).sweep(check, attempt=lock.attempt)
+    finally:
+        lock.release()
+
+
+def pin_files(store: Store) -> set[str]:
+    return {key for key in keys(store) if "/pins/" in key}
+
+
+def test_a_pin_that_has_ended_gives_no_tag_and_takes_none(repository: Repository) -> None:
+    one, two = commit(repository, 1), commit(repository, 2)
+    repository.pin(one, "paper", datetime.now(UTC) - timedelta(seconds=1))
+    repository.pin(one, "draft", datetime.now(UTC) + timedelta(hours=1))
+    assert repository.find(1).tags == ("draft",)
+    with pytest.raises(NotFoundError):
+        repository.find("paper")
+    with pytest.raises(ConfigError, match="'draft' is on step 1"):
+        repository.pin(two, "draft")
+    repository.pin(two, "paper")
+    assert repository.find("paper").name == two.name
+    assert repository.unpin(1) == 2
+    assert repository.find("paper").name == two.name
+
+
+def test_a_sweep_removes_the_pins_that_ended_long_ago_by_every_clock(repository: Repository) -> None:
+    info, store, day, hour = commit(repository, 1), repository.store, timedelta(days=1), timedelta(hours=1)
+    repository.pin(info)
+    repository.pin(info, "running", datetime.now(UTC) + hour)
+    stays = {pin_key(info), pin_key(info, "running")}
+    for tag, times in {
+        "just-ended": {"ended": 2 * hour, "ttl": hour, "put": 5 * day},
+        "by-a-clock-that-is-behind": {"ended": 400 * day, "ttl": hour, "put": hour / 2},
+        "renewed-by-such-a-clock": {"ended": 400 * day, "ttl": 7 * day, "put": 7 * day},
+    }.items():
+        stays.add(put_pin(store, info, tag, **times))
+    unreadable = put_pin(store, info, "unreadable", ended=9 * day, ttl=hour, put=9 * day)
+    store.put(unreadable, b"?")
+    put_pin(store, info, "candidate", ended=2 * day, ttl=day, put=3 * day)
+    put_pin(store, info, "reading-0123abcd", ended=2 * day, ttl=6 * hour, put=2 * day + 6 * hour)
+    sweep(store)
+    assert pin_files(store) == {*stays, unreadable}
+
+
+def test_a_pin_of_a_version_that_noted_no_length_goes_a_day_after_its_end_at_the_earliest(
+    repository: Repository,
+) -> None:
+    info, store, day = commit(repository, 1), repository.store, timedelta(days=1)
+    for tag, put in (("old", 3 * day), ("new", day / 2)):
+        key = put_pin(store, info, tag, ended=2 * day, ttl=day, put=timedelta())
+        store.put(key, json.dumps({**json.loads(store.get(key)), "ttl_s": None}).encode())
+        age_file(store, key, put)
+    sweep(store)
+    assert pin_files(store) == {pin_key(info, "new")}
+
+
+class Meddled(MemoryStore):
+    """Calls `meddle` after a pin was read; where it `is_guarded`, it removes none."""
+
+    is_guarded = False
+
+    def __init__(self) -> None:
+        super().__init__(can_rename=False)
+        self.meddle: Callable[[str], object] = lambda key: None
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        data = super().get(key, start, end)
+        if "/pins/" in key:
+            self.meddle(key)
+        return data
+
+    def delete(self, keys: Iterable[str]) -> None:
+        gone = list(keys)
+        if self.is_guarded and any("/pins/" in key for key in gone):
+            raise StoreError("no permission to delete pins")
+        super().delete(gone)
+
+
+def ended_pin(store: Store, info: CheckpointInfo, tag: str) -> str:
+    return put_pin(store, info, tag, ended=timedelta(days=3), ttl=timedelta(hours=1), put=timedelta(days=3))
+
+
+def test_a_pin_that_is_put_anew_while_a_sweep_looks_stays() -> None:
+    store = Meddled()
+    repository = Repository(store)
+    info = commit(repository, 1)
+    renewed, _ = (ended_pin(store, info, tag) for tag in ("paper", "old"))
+    later = datetime.now(UTC) + timedelta(days=1)
+    store.meddle = lambda key: key == renewed and repository.put_pin(info, "paper", later)
+    sweep(store)
+    assert [(pin.tag, pin.expires) for pin in Repository(store).pins(1)] == [("paper", later)]
+
+
+def test_a_writer_that_lost_its_lock_removes_no_pin() -> None:
+    store = Meddled()
+    key = ended_pin(store, commit(Repository(store), 1), "paper")
+    read = list[str]()
+    store.meddle = read.append
+
+    def check() -> None:
+        if read:
+            raise FencedError("somebody else writes")
+
+    with pytest.raises(FencedError):
+        sweep(store, check)
+    assert pin_files(store) == {key}
+
+
+def test_a_pin_that_can_not_be_removed_stops_no_writer(caplog: pytest.LogCaptureFixture) -> None:
+    store = Meddled()
+    key = ended_pin(store, commit(Repository(store), 1), "paper")
+    store.is_guarded = True
+    sweep(store)
+    assert "no permission to delete pins (the next sweep tries again)" in caplog.text
+    assert pin_files(store) == {key}
+
+
+def test_of_a_remote_root_several_pins_and_marks_are_read_at_a_time() -> None:
+    class Waiting(MemoryStore):
+        """Answers for a record when four have been asked for."""
+
+        four = threading.Barrier(4)
+
+        def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+            if key.startswith((".ckptmgr/pins/", ".ckptmgr/damaged/")):
+                self.four.wait(timeout=10)
+            return super().get(key, start, end)
+
+    store = Waiting(can_rename=False)
+    repository = Repository(store)
+    infos = [commit(repository, step) for step in (1, 2, 3, 4)]
+    for info in infos:
+        repository.pin(info)
+        repository.mark_damaged(info, f"torn {info.step}")
+    pins, marks = repository.records()
+    assert [pin.step for pin in pins] == [1, 2, 3, 4]
+    assert list(marks.values()) == ["torn 1", "torn 2", "torn 3", "torn 4"]
+    for tag in ("a", "b", "c"):
+        put_pin(store, infos[0], tag, ended=timedelta(days=3), ttl=timedelta(), put=timedelta(days=3))
+    assert repository.is_held(infos[0])
+
+
+@pytest.mark.parametrize("can_rename", [True, False])
+def test_the_longest_name_that_is_taken_can_be_saved_twice_marked_pinned_and_deleted(
+    tmp_path: Path, can_rename: bool
+) -> None:
+    store = LocalStore(tmp_path, fsync=False)
+    names = NameTemplate("a" * (MAX_LENGTH - 10) + "{step}")
+    repository = Repository(store, names=names, commit="auto" if can_rename else "manifest")
+    repository.sweep(attempt=10**18 - 1)
+    info, other = commit(repository, 1_234_567_890), commit(repository, 1_234_567_890, attempt=2)
+    assert (len(info.name), len(other.name)) == (MAX_LENGTH, MAX_LENGTH + 2)
+    repository.mark_damaged(info, "torn")
+    repository.pin(info, "reading-0123abcd")
+    assert [info.name for info in repository.infos()] == [other.name, info.name]
+    assert repository.drop(info)
+    repository.archive(other)
+    repository.drop_archived(repository.archived()[0])
+    assert keys(store) == set()
+
+
+def test_a_tag_that_is_too_long_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path, fsync=False)
+    repository = Repository(store, names=NameTemplate("a" * 150 + "{step}"))
+    info = commit(repository, 1)
+    with pytest.raises(ConfigError, match="has 201 characters, more than 200: use a shorter one"):
+        repository.pin(info, "t" * 201)
+    with pytest.raises(ConfigError, match=r"has 78 characters, and beside the name of a*1 there is room for 77: use"):
+        repository.pin(info, "t" * 78)
+    assert pin_files(store) == set()
+    repository.pin(info, "t" * 77)
+    assert repository.find("t" * 77).name == info.name
+
+
+def test_what_an_earlier_version_let_have_a_long_name_or_tag_is_read_pinned_and_unpinned_all_the_same() -> None:
+    store = MemoryStore(can_rename=False)
+    info = commit(Repository(store), 1)
+    for key in [key for key in keys(store) if key.startswith(info.name)]:
+        store.put(key.replace(info.name, "a" * 240 + "-1"), store.get(key))
+    store.delete([f"{info.name}/"])
+    repository = Repository(store)
+    (long,) = repository.infos()
+    repository.put_pin(long, "reading-0123abcd", datetime.now(UTC) + timedelta(hours=6))
+    store.put(pin_key(long, "t" * 240), store.get(pin_key(long, "reading-0123abcd")))
+    assert repository.unpin("t" * 240, "t" * 240) == 1
+    assert repository.unpin(long.name) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -485,3 +486,145 @@ def test_a_writer_that_is_fenced_off_as_it_commits_leaves_no_file_of_the_pointer
         mgr.save({"x": 2}, 2)
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
     mgr.close()
+
+
+# What a person asks to go
+
+
+def test_whatever_goes_wrong_after_a_commit_is_a_warning_and_the_save_stands(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Odd(MemoryStore):
+        fails = False
+
+        def delete(self, keys: Iterable[str]) -> None:
+            keys = list(keys)
+            if self.fails and any(key.startswith("step-00000001/") for key in keys):
+                raise OverflowError("date value out of range")
+            super().delete(keys)
+
+    store = Odd(can_rename=False)
+    with started(store, keep={"last": 1}) as mgr:
+        store.fails = True
+        assert mgr.save({"x": 2}, 2).error is None
+        assert "retention.failed step=2 url=memory-store: cause=OverflowError('date value out of range')" in caplog.text
+        store.fails = False
+        mgr.save({"x": 3}, 3)
+        assert mgr.all_steps() == [3]
+
+
+def looked_at(store: Noting) -> list[int]:
+    """The steps whose folders were listed, each once."""
+    folders = {key.split("/")[0] for method, key in store.calls if method == "list" and key.startswith("step-")}
+    return sorted(int(folder.removeprefix("step-")) for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("keep", "looks"),
+    [
+        ({"last": 3}, [98, 99, 100]),
+        ({"last": 1, "every_steps": 50}, [50, 100]),
+        ({"last": 1, "newer_than": "36500d"}, []),  # all stay
+        ({"last": 1, "every_steps": 1}, []),
+        ({"last": 1, "every_steps": 90, "min_good": 2}, [90, 99, 100]),
+        ({"last": None, "newer_than": "1s"}, [100]),
+    ],
+)
+def test_a_plan_looks_at_those_alone_in_whose_place_another_would_stay(keep: dict[str, Any], looks: list[int]) -> None:
+    store = Noting()
+    fill(store, range(1, 101))
+    store.calls.clear()
+    manager(store, keep=keep, read_only=True).prune(dry_run=True)
+    assert looked_at(store) == looks
+
+
+def test_those_that_a_rule_keeps_where_nothing_goes_are_not_looked_at() -> None:
+    store = Noting()
+    fill(store, [*range(10, 60, 10), 61, 62, 63])
+    store.calls.clear()
+    plan = manager(store, keep={"last": 1, "every_steps": 10}, read_only=True).prune(dry_run=True)
+    assert ([verdict.info.step for verdict in plan.drop], looked_at(store)) == ([62], [61, 63])
+
+
+def test_a_rotation_after_a_save_looks_at_no_files() -> None:
+    store = Noting()
+    with started(store, keep={"last": 2}) as mgr:
+        mgr.save({"x": 2}, 2)
+        store.calls.clear()
+        mgr.save({"x": 3}, 3)
+        assert looked_at(store) == [3]  # the new one's own, as it is committed
+        assert mgr.all_steps() == [2, 3]
+
+
+def saved_and_cut(store: MemoryStore) -> None:
+    """Steps 1 to 4, the last of which lacks a byte."""
+    with started(store, keep={"last": 4}) as mgr:
+        for step in (2, 3, 4):
+            mgr.save({"x": step}, step)
+    (key,) = (key for key in store.objects if key.startswith("step-00000004/") and key.endswith("state.json"))
+    store.put(key, store.get(key)[:-1])
+
+
+def test_one_that_is_deleted_while_a_plan_is_made_is_not_damaged_and_counts_for_nothing() -> None:
+    class Deleting(MemoryStore):
+        victim = "-"
+
+        def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
+            if folder == self.victim:
+                self.delete([f"{folder}/"])
+            return super().list(folder, recursive=recursive)
+
+    store = Deleting(can_rename=False)
+    saved_and_cut(store)
+    store.victim = "step-00000004"
+    with manager(store, keep={"last": 1}) as mgr:
+        made = mgr.prune()
+        assert [verdict.info.step for verdict in made.keep] == [3]
+        assert [verdict.info.step for verdict in made.drop] == [2, 1]
+        assert store.list(".ckptmgr/damaged") == []
+
+
+def test_a_mark_of_damage_that_cannot_be_written_does_not_stop_a_prune_nor_count_for_less(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Refusing(MemoryStore):
+        def put(self, key: str, data: Any, *, create: bool = False) -> None:
+            if key.startswith(".ckptmgr/damaged/"):
+                raise StoreError("no room")
+            super().put(key, data, create=create)
+
+    store = Refusing(can_rename=False)
+    saved_and_cut(store)
+    with manager(store, keep={"last": 1}) as mgr:
+        assert [verdict.info.step for verdict in mgr.prune().drop] == [2, 1]
+    told = [record.getMessage().split()[0] for record in caplog.records if record.levelno >= logging.WARNING]
+    assert told == ["retention.damaged", "damage.mark.failed"]
+
+
+def test_a_store_that_fails_while_sizes_are_compared_is_no_damage_and_nothing_goes() -> None:
+    class Failing(MemoryStore):
+        fails = False
+
+        def list(self, folder: str = "", *, recursive: bool = False) -> list[Entry]:
+            if self.fails and folder.startswith("step-"):
+                raise StoreError("no network")
+            return super().list(folder, recursive=recursive)
+
+    store = Failing(can_rename=False)
+    saved_and_cut(store)
+    store.fails = True
+    with manager(store, keep={"last": 1}) as mgr:
+        with pytest.raises(StoreError, match="no network"):
+            mgr.prune()
+        assert [(info.step, info.damaged) for info in mgr._run.infos()] == [(step, None) for step in (4, 3, 2, 1)]
+
+
+def test_those_that_stay_for_their_age_alone_are_not_looked_at() -> None:
+    store = Noting()
+    fill(store, range(1, 11))
+    for step in range(5, 11):
+        manifest = Manifest.from_json(store.get(f"step-{step:08d}/manifest.json"))
+        store.put(f"step-{step:08d}/manifest.json", replace(manifest, time=datetime.now(UTC)).to_json())
+    store.calls.clear()
+    plan = manager(store, keep={"last": 2, "newer_than": "1d"}, read_only=True).prune(dry_run=True)
+    assert ([verdict.info.step for verdict in plan.drop], looked_at(store)) == ([4, 3, 2, 1], [9, 10])

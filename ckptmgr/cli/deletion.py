@@ -17,7 +17,7 @@ from .tables import count_text, plain, print_json, print_table, size_of, size_te
 
 if TYPE_CHECKING:
     from ..config import CheckpointConfig
-    from ..retention import Plan
+    from ..retention import Plan, Verdict
     from ..run import Run
 
 yes_option = click.option("--yes", "-y", is_flag=True, help="Go ahead without asking.")
@@ -81,8 +81,9 @@ def prune(root: Root, archived: bool, dry_run: bool, yes: bool, as_json: bool, *
     """Delete what no keep rule keeps.
 
     The rules are those of the configuration, with those given here in their places; a URL that is
-    no configuration has only those given here. Shows the plan and asks. Needs the writer's lock, so
-    not while training runs, unless --dry-run.
+    no configuration has only those given here. What is to stay is looked at first: what lacks bytes
+    counts as damaged. Shows the plan and asks. Needs the writer's lock, so not while training runs,
+    unless --dry-run.
     """
     keep = {name: value for name, value in keep.items() if value}
     if archived:
@@ -91,7 +92,7 @@ def prune(root: Root, archived: bool, dry_run: bool, yes: bool, as_json: bool, *
         _prune_archived(root, dry_run=dry_run, yes=yes, as_json=as_json)
         return
     run = root.run(_with_rules(root, keep))
-    root.found(run.infos())
+    _check_metrics(root, root.found(run.infos()), keep.get("best", ()))
     plan = run.plan()
     if not as_json:
         _print_plan(plan)
@@ -101,7 +102,7 @@ def prune(root: Root, archived: bool, dry_run: bool, yes: bool, as_json: bool, *
         shown = {_identity(verdict.info) for verdict in plan.drop}
         with holding(run):
             # Planned again, now that nobody else writes; what was not shown does not go.
-            chosen = [verdict.info for verdict in run.plan().drop if _identity(verdict.info) in shown]
+            chosen = [verdict.info for verdict in run.plan(marks=True).drop if _identity(verdict.info) in shown]
             dropped = run.drop(*chosen)
             _tell_kept(chosen, dropped)
     freed = sum(map(size_of, dropped))
@@ -138,9 +139,22 @@ def _with_rules(root: Root, keep: dict[str, Any]) -> CheckpointConfig:
     )
 
 
+def _check_metrics(root: Root, infos: Sequence[CheckpointInfo], best: Sequence[dict[str, Any]]) -> None:
+    """Raises `ConfigError` for a metric that was never saved: its rule would keep nothing, and what it was to keep
+    would go."""
+    from ..ledger import did_you_mean
+
+    there = sorted({name for info in infos if info.manifest for name in info.manifest.metrics})
+    for metric in (rule["metric"] for rule in best if rule["metric"] not in there):
+        raise ConfigError(
+            f"no checkpoint in {root.store.url} has a metric {metric}; metrics there: {', '.join(there) or 'none'}"
+            + did_you_mean(metric, there)
+        )
+
+
 def _print_plan(plan: Plan) -> None:
     rows = [
-        (what, str(verdict.info.step), size_text(size_of(verdict.info)), verdict.info.name, "; ".join(verdict.reasons))
+        (what, str(verdict.info.step), size_text(size_of(verdict.info)), verdict.info.name, _why(verdict))
         for what, verdicts in (("keep", plan.keep), ("drop", plan.drop))
         for verdict in verdicts
     ]
@@ -151,9 +165,20 @@ def _print_plan(plan: Plan) -> None:
         click.echo(f"still {size_text(plan.over_bytes)} over the cap: the rest must stay", err=True)
 
 
-def _verdict(verdict: Any) -> dict[str, Any]:
+def _why(verdict: Verdict) -> str:
+    damage = () if verdict.info.damaged is None else (verdict.info.damaged,)
+    return "; ".join((*verdict.reasons, *damage))
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
     info = verdict.info
-    return {"step": info.step, "name": info.name, "size": size_of(info), "reasons": list(verdict.reasons)}
+    return {
+        "step": info.step,
+        "name": info.name,
+        "size": size_of(info),
+        "reasons": list(verdict.reasons),
+        "damage": info.damaged,
+    }
 
 
 def _prune_archived(root: Root, *, dry_run: bool, yes: bool, as_json: bool) -> None:
@@ -208,7 +233,7 @@ def rm(root: Root, steps: tuple[str, ...], force: bool, yes: bool, as_json: bool
     if is_wanted:
         with holding(run):
             # Looked at again, now that nobody else writes: one may be pinned, or the last one, since.
-            chosen = _chosen(root, run, [info.name for info in chosen], force)
+            chosen = _chosen(root, run, [info.name for info in chosen], force, marks=True)
             dropped = run.drop_asked_for(*chosen)
             _tell_kept(chosen, dropped)
     freed = sum(map(size_of, dropped))
@@ -228,7 +253,7 @@ def _tell_kept(chosen: Sequence[CheckpointInfo], dropped: Sequence[CheckpointInf
         click.echo(f"kept {_names(kept)}: pinned, ckptmgr unpin first", err=True)
 
 
-def _chosen(root: Root, run: Run, steps: Sequence[str], force: bool) -> list[CheckpointInfo]:
+def _chosen(root: Root, run: Run, steps: Sequence[str], force: bool, *, marks: bool = False) -> list[CheckpointInfo]:
     """The checkpoints that are meant, each once. Raises `NotFoundError`, and `ConfigError` where one must stay."""
     infos = root.found(run.infos())
     by_name = {}
@@ -241,7 +266,11 @@ def _chosen(root: Root, run: Run, steps: Sequence[str], force: bool) -> list[Che
     for info in by_name.values():
         if any(pin.holds(now) for pin in info.pins):
             raise ConfigError(f"{root.url(info)} is pinned: ckptmgr unpin it first; nothing was deleted")
-    good = [info for info in infos if info.damaged is None]
-    if not force and good and all(info.name in by_name for info in good):
-        raise ConfigError(f"no good checkpoint would be left in {root.store.url}: give --force; nothing was deleted")
+    takes_good = any(info.damaged is None for info in by_name.values())
+    left = [info for info in infos if info.damaged is None and info.name not in by_name]
+    if not force and takes_good and not run.has_sound(left, marks=marks):
+        why = ", as what would stay is damaged (ckptmgr verify --all)" if left else ""
+        raise ConfigError(
+            f"no good checkpoint would be left in {root.store.url}{why}: give --force; nothing was deleted"
+        )
     return list(by_name.values())

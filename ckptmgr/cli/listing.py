@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -37,12 +37,14 @@ _COLUMNS = ("step", "epoch", "age", "size", "metrics", "state", "verified", "tag
 def ls(root: Root, as_json: bool) -> None:
     """List the checkpoints under URL, newest first."""
     infos, pointer, times = root.infos(), root.repository.pointer(), Records(root.store).verified()
+    newest = _newest(infos)
     total, damaged = sum(map(size_of, infos)), sum(state_of(info) == "damaged" for info in infos)
     if as_json:
         print_json(
             {
                 "url": root.store.url,
-                "latest": pointer,
+                "latest": None if newest is None else newest.name,
+                "pointer": pointer,
                 "count": len(infos),
                 "damaged": damaged,
                 "size": total,
@@ -53,7 +55,9 @@ def ls(root: Root, as_json: bool) -> None:
         )
         return
     now = datetime.now(UTC)
-    print_table(_COLUMNS, [_row(info, pointer, times, now) for info in infos], right=("step", "epoch", "age", "size"))
+    print_table(
+        _COLUMNS, [_row(info, info is newest, times, now) for info in infos], right=("step", "epoch", "age", "size")
+    )
     click.echo(
         f"\n{count_text(len(infos))}, {size_text(total)}"
         + (f", {damaged} damaged" if damaged else "")
@@ -64,7 +68,7 @@ def ls(root: Root, as_json: bool) -> None:
 
 
 def _row(
-    info: CheckpointInfo, pointer: str | None, times: Mapping[tuple[str, str], datetime], now: datetime
+    info: CheckpointInfo, is_latest: bool, times: Mapping[tuple[str, str], datetime], now: datetime
 ) -> tuple[str, ...]:
     manifest = info.manifest
     return (
@@ -77,8 +81,13 @@ def _row(
         "" if (when := _when(info, times)) is None else age_text(now - when),
         marks_text(info, now),
         info.name,
-        "<- latest" if info.name == pointer else "",
+        "<- latest" if is_latest else "",
     )
+
+
+def _newest(infos: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
+    """What `latest` means, whatever the pointer says, which is a hint."""
+    return next((info for info in infos if info.damaged is None), None)
 
 
 @click.command(epilog="\b\nExample:\n  ckptmgr show runs/digits 300")
@@ -195,7 +204,7 @@ def latest(root: Root, as_step: bool, as_json: bool) -> None:
     Good is what is not known to be damaged. Exits with 3 when there is none.
     """
     infos = root.infos()
-    info = next((info for info in infos if info.damaged is None), None)
+    info = _newest(infos)
     if info is None:
         raise NotFoundError(f"all of the {count_text(len(infos))} in {root.store.url} are damaged")
     if as_json:

@@ -12,7 +12,7 @@ import click
 
 from ..errors import NotFoundError
 from ..folder_names import NameTemplate
-from ..manifest import MANIFEST_NAME, CheckpointInfo
+from ..manifest import CheckpointInfo
 from ..repository import Repository
 from ..store import Store, open_store
 from .failures import debug_option, keep_secret
@@ -81,7 +81,7 @@ class Root:
         if infos:
             return infos
         hint = ""
-        if self.store.stat(MANIFEST_NAME) is not None:
+        if self.repository.is_itself_one():
             hint = ": it is a checkpoint itself; give the folder above it, and its name as the STEP"
         raise NotFoundError(f"no checkpoint in {self.store.url}{hint}")
 

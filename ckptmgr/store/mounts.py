@@ -9,13 +9,14 @@ from .leftovers import temp_name
 
 _MOUNTS = Path("/proc/self/mountinfo")
 _NO_ANSWER = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+_NO_WRITER = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def can_rename_folders(root: Path) -> bool:
     """Whether a rename moves a whole folder atomically below `root`, which need not exist yet.
 
-    FUSE mounts are refused whatever they answer: a mounted bucket renames by copying. Raises `OSError` where a disk
-    that is full or failing does not let it be tried."""
+    FUSE mounts are refused whatever they answer: a mounted bucket renames by copying. Raises `OSError` where it can't
+    be tried: a disk that is full or failing, or nothing may be written."""
     folder = next((p for p in (root, *root.parents) if p.is_dir()), None)
     return folder is not None and not _is_fuse(_mount_type(folder)) and _probe(folder)
 
@@ -62,7 +63,7 @@ def _probe(folder: Path) -> bool:
         source.rename(target)
         return (target / "file").is_file() and not source.exists()
     except OSError as exc:
-        if exc.errno in _NO_ANSWER:
+        if exc.errno in _NO_ANSWER or (exc.errno in _NO_WRITER and not source.exists()):
             raise
         return False
     finally:
