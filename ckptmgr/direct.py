@@ -88,10 +88,14 @@ def save_file(
     Takes what the official `save_file` takes, and non-contiguous tensors besides. Tensors that
     share memory are refused as there: the file can't say that they are one, so a model loaded from
     it would come back untied and larger than it was. Raises `ConfigError` that names them (or the
-    sparse, quantized or otherwise unfit tensor), and `StoreError`.
+    sparse, quantized or otherwise unfit tensor, or what is no mapping, such as a module), and `StoreError`.
     """
     from .formats.safetensors_single import body
 
+    if not isinstance(tensors, Mapping):
+        raise ConfigError(
+            f"save_file got a {type(tensors).__name__}; give a dict of tensors, such as model.state_dict()"
+        )
     store, key = _locate(url, options)
     write_files({key: body(tensors, metadata)}, store.writer)
 

@@ -339,19 +339,22 @@ class CheckpointManager(Catalog):
         Blocks; every rank calls it. Damaged checkpoints are passed over, marked, and reported in
         `.skipped`. Everything that does not fit is raised at once as `StateMismatchError` before
         anything is touched; `strict=False` loads what fits and reports the rest; entries in `skip`
-        ("rng" too) are left alone. `step` (a number, "best" or a tag) goes back to that checkpoint
-        and archives the newer ones. `map_location` is where values without a target go. Random
-        generators come last.
+        ("rng" too) are left alone. What was saved from an object and is given none is in `.values`, and a
+        warning names it unless it is skipped. `step` (a number, "best" or a tag) goes back to that
+        checkpoint and archives the newer ones, with a warning: at the next start it does so again.
+        `map_location` is where values without a target go. Random generators come last.
 
         Returns a `Resumed`, falsy when the root holds no checkpoint. Raises `DamagedError` when there
         are some but none can be loaded, `NotFoundError` for a step that isn't there,
-        `FencedError` when another process writes here, `StoreError` when the store fails.
+        `FencedError` when another process writes here, `StoreError` when the store fails, and `ConfigError`,
+        on an empty root, too, for a target that can't be filled in place.
         """
         self._settle()
         first = {name: given for name, given in (("model", model), ("optimizer", optimizer)) if given is not None}
-        if twice := [name for name in first if others.get(name) is not None]:
+        others = {name: given for name, given in others.items() if given is not None}
+        if twice := [name for name, given in first.items() if others.get(name, given) is not given]:
             raise ConfigError(f"resume was given two objects as {' and as '.join(twice)}: give one of each name")
-        targets = first | {name: given for name, given in others.items() if given is not None}  # in the caller's order
+        targets = first | others  # in the caller's order
         try:
             return self._resume(targets, step, strict, skip, map_location)
         except BaseException:

@@ -1,4 +1,4 @@
-"""What did the caller ask to be saved, and is that something that can be?"""
+"""What did the caller ask for, and is that something that can be?"""
 
 from __future__ import annotations
 
@@ -55,6 +55,12 @@ def as_mapping(state: State) -> Mapping[str, Any]:
     if taken := [name for name in objects if name in _RESERVED]:
         raise ConfigError(f"an entry can't be named {', '.join(taken)}: resume() takes that as an argument; rename it")
     return objects
+
+
+def refuse_text(names: object, argument: str) -> None:
+    """Raises `ConfigError` for a text in the place of a list of texts: its letters would be taken for names."""
+    if isinstance(names, str):
+        raise ConfigError(f"{argument}={names!r} is one text; give a list: [{names!r}]")
 
 
 def as_count(value: Any, name: str) -> int:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from .config import CheckpointConfig
@@ -14,8 +15,10 @@ from .errors import CheckpointError, ConfigError
 from .listing import Listing
 from .manifest import CheckpointInfo
 from .reading import again, pinned
+from .request import refuse_text
 from .resumption import Reader, Resumed, warn_if_unhealthy
 from .run import Run
+from .state.restore import fillable
 from .untrusted import FOLDER_NAME
 
 if TYPE_CHECKING:
@@ -43,11 +46,16 @@ class Restart:
         """Restore the newest good checkpoint, or that of a step, and take the run up there. Every rank calls
         it; blocks, and raises what `CheckpointManager.resume` does."""
         ranks = self._ranks
-        asked = (sorted(targets), step, strict, sorted(skip))
-        if ranks.prompt.exchange("resume", lambda: asked, self._open):
+
+        def asked() -> tuple[Any, ...]:
+            refuse_text(skip, "skip")
+            fillable(targets, skip)  # a first start has nothing to fill from, and the next one comes after a crash
+            return sorted(targets), step, strict, sorted(skip)
+
+        if ranks.prompt.exchange("resume", asked, self._open):
             return None, Resumed()
         found = self._restore(targets, step, strict, skip, map_location)
-        ranks.patient.first("take up", lambda: self._take_up(found, is_newest=step in (None, "latest")))
+        ranks.patient.first("take up", lambda: self._take_up(found, step))
         return found or (None, Resumed())
 
     def _restore(
@@ -134,10 +142,11 @@ class Restart:
             yield info
             info = self._ranks.patient.first("look for another checkpoint", another)
 
-    def _take_up(self, found: tuple[CheckpointInfo, Resumed] | None, *, is_newest: bool) -> None:
+    def _take_up(self, found: tuple[CheckpointInfo, Resumed] | None, step: int | str | None) -> None:
         """On rank 0: the run goes on from what was restored, or begins."""
         run, listing = self._run, self._listing
         assert listing is not None
+        is_newest = step in (None, "latest")
         if is_newest:
             self._warn_if_newer_is_gone(None if found is None else found[0])
         if found is None:
@@ -148,6 +157,8 @@ class Restart:
         if not self._read_only:
             run.go_on_from(info, listing, {one.url.removeprefix(f"{run.url}/") for one in resumed.skipped})
             run.rotate()
+            if not is_newest:
+                self._warn_if_rewound(info, step)
         warn_if_unhealthy(info, run.newest_first(listing))
 
     def _warn_if_newer_is_gone(self, found: CheckpointInfo | None) -> None:
@@ -162,6 +173,19 @@ class Restart:
                 _log.warning(
                     "resume.newest_gone url=%s/%s: the newest checkpoint was deleted; %s", self._run.url, named, now
                 )
+
+    def _warn_if_rewound(self, info: CheckpointInfo, step: int | str | None) -> None:
+        """Say how many were archived: a step that stays in a script does it again at every start."""
+        run, listing = self._run, self._listing
+        assert listing is not None
+        above = takewhile(lambda other: other.order > info.order, run.newest_first(listing))
+        if newer := [other.step for other in above if other.damaged is None]:
+            _log.warning(
+                "resume.rewind.archived step=%d archived=%d newest=%d url=%s: resume(step=%r) put what is newer aside, "
+                "and does so again at every start: take step= out now, to go on from the newest; manager.rewind(%d) "
+                "goes back once",
+                info.step, len(newer), newer[0], run.url, step, info.step,
+            )  # fmt: skip
 
     def _mark(self, info: CheckpointInfo, reason: str) -> None:
         """A reader leaves no mark; a store that takes none must not hide the sound ones."""

@@ -18,9 +18,11 @@ from .manifest import CheckpointInfo, Manifest
 from .memory import enough
 from .reading import check_there
 from .repository import Repository
+from .request import refuse_text
 from .shared_source import SharedSource
 from .state import RestorePlan, RngReport, derive_rng, is_per_rank, match, materialize, restore_rng, unclaimed
 from .state.collector import uncollected
+from .state.restore import of_objects
 from .state.snapshot import StoredPart
 
 if TYPE_CHECKING:
@@ -113,11 +115,12 @@ class _Opened:
 @dataclass(frozen=True, slots=True)
 class Matched:
     """A checkpoint that fits what is to be restored, and the `values` of its other entries. No target
-    has been touched."""
+    has been touched. `forgotten` are those of the values that were saved from objects, to be told of."""
 
     info: CheckpointInfo
     url: str
     values: Mapping[str, Any]
+    forgotten: Sequence[str]
     _opened: _Opened
     _plan: RestorePlan
     _restore: Callable[[], RngReport]
@@ -127,6 +130,12 @@ class Matched:
         on the way, with targets possibly half filled, and `StateMismatchError` as `RestorePlan.apply`."""
         plan, manifest = self._plan, self._opened.manifest
         rng = self._restore()
+        if self.forgotten:  # such an object begins anew, and nothing else would tell of it
+            _log.warning(
+                "resume.entry.unclaimed step=%d entries=%s: resume() was given no object for these, so what was saved "
+                "is only in .values, and put back into nothing; give the objects by name, or skip=%s if that is meant",
+                self.info.step, ",".join(self.forgotten), self.forgotten,
+            )  # fmt: skip
         return Resumed(
             self.info.step,
             manifest.epoch or 0,
@@ -228,7 +237,9 @@ class Reader:
             return RngReport() if "rng" in skip else opened.restore_rng(info.step, self._rank)
 
         url = f"{self._repository.store.url}/{info.name}"
-        return Matched(info, url, values, opened, plan, partial(self._together, "restore", restore))
+        # Once for all ranks; and without any target all is meant to be in the values.
+        forgotten = of_objects(stored, values) if targets and not self._rank else []
+        return Matched(info, url, values, forgotten, opened, plan, partial(self._together, "restore", restore))
 
     def _together(self, what: str, make: Callable[[], T]) -> T:
         """What this rank makes, when all ranks have made theirs. What one of them raises is raised on all."""
@@ -272,6 +283,7 @@ class Reader:
     ) -> dict[str, Any]:
         """Entries as nested data. Raises `NotFoundError` for an entry that isn't there, and `ConfigError`
         for a checkpoint that can't be mapped."""
+        refuse_text(only, "only")
         with uncollected(), enough(f"load {self._repository.store.url}/{info.name}"):
             return self._load(info, only, map_location, mmap)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,13 +14,16 @@ from typing import Any, BinaryIO
 import torch
 
 from .direct import load_file, reader
-from .errors import ConfigError, DamagedError, NotFoundError, StateMismatchError
+from .errors import CheckpointError, ConfigError, DamagedError, NotFoundError, StateMismatchError, StoreError
 from .formats.state_file import refuse_unpacking
+from .formats.targets import put
 from .manifest import MANIFEST_NAME
 from .reading import read_first
 from .repository import Repository
+from .request import refuse_text
 from .resumption import Reader
 from .state.names import clean_names, pair
+from .state.shards import is_sharded, like
 from .store import open_store
 from .store.local import local_path
 
@@ -34,13 +38,15 @@ Rename = Mapping[str, str] | Callable[[str], str | None]
 
 @dataclass(frozen=True, slots=True)
 class WarmStarted:
-    """What `warm_start` did, by the model's own names: parameters and buffers `loaded`, those left as
-    they were (`missing`), and weights of the source without a place (`unexpected`)."""
+    """What `warm_start` did, by the model's own names: parameters, buffers and extra states `loaded`, those left as
+    they were as the source has none of that name (`missing`) or one that can't go there (`mismatched`, each
+    with both shapes or what else is in the way), and weights of the source without a place (`unexpected`)."""
 
     url: str
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
 
 
 def warm_start(
@@ -54,50 +60,82 @@ def warm_start(
     strict: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> WarmStarted:
-    """Copy weights into `model`; optimizer, step and random generators are left alone. Blocks.
+    """Copy weights into `model`, and the extra state of its modules; optimizer, step and random generators are
+    left alone. Blocks. Every rank that has the model or a part of it calls this: each reads the whole source and
+    keeps what is its own, and nothing is communicated.
 
     `url` is another run's root (its newest good checkpoint is taken), one checkpoint's folder, a
     `.safetensors` file, or a `torch.save` file (.pt, .pth, .bin, .ckpt; read without running code).
     `entry` names the checkpoint's entry. `rename` maps prefixes of the source's names to the model's, or is a
     callable that gives the new name, or None to leave the weight out. `include` and `exclude` are
     glob patterns over the model's names. With `strict` everything included must be found with the same
-    shape and nothing may be left over, or nothing is touched; without it what fits is loaded.
+    shape and nothing may be left over, or nothing is touched; without it what fits is loaded, and the rest is
+    reported: in `.missing`, `.unexpected` and, where it can't go into what the model has, `.mismatched`, as
+    `resume` does.
 
-    Raises `StateMismatchError` listing every difference, `NotFoundError`, `DamagedError`, `StoreError`.
+    Raises `StateMismatchError` listing every difference, for values that only running code could load, and where
+    the model refuses what it is given; `ConfigError` for a `rename` that leads several weights to one of the model's,
+    and for a file that holds something else than a state dict, such as a whole pickled module; `NotFoundError`,
+    `DamagedError`, `StoreError`.
     """
+    refuse_text(include, "include")
+    refuse_text(exclude, "exclude")
     raw = model.state_dict()
     clean = clean_names(model, raw)
     wanted = {name: key for key, name in clean.items() if _is_chosen(name, include, exclude)}
-    source = {
-        new: value
-        for name, value in _weights(str(url), entry, dict(options or {})).items()
-        if (new := _renamed(name, rename)) is not None
-    }
-    pairs = pair(wanted, source)
-    misshapen = {n: o for n, o in pairs.items() if _shape(source[o]) != _shape(raw[wanted[n]])}
+    stored = _weights(str(url), entry, dict(options or {}))
+    origins: dict[str, list[str]] = {}
+    for old in stored:
+        if (new := _renamed(old, rename)) is not None:
+            origins.setdefault(new, []).append(old)
+    pairs = pair(wanted, origins)
+    if clashes := [f"  {', '.join(origins[o])} to {n}" for n, o in pairs.items() if len(origins[o]) > 1]:
+        raise ConfigError(
+            f"rename leads several weights of {url} to one of the model, which was left as it was:\n"
+            + "\n".join(clashes[:_SHOWN])
+            + "\nGive each a name of its own, or have a callable return None for those to leave out"
+        )
+    source = {new: stored[olds[0]] for new, olds in origins.items()}
+    problems = {n: problem for n, o in pairs.items() if (problem := _misfit(n, raw[wanted[n]], source[o]))}
     missing = [name for name in wanted if name not in pairs]
     taken = set(pairs.values())
-    unexpected = [name for name in source if name not in taken and _is_chosen(name, include, exclude)]
-    shapes = [f"{n} is {_shape(source[o])} there and {_shape(raw[wanted[n]])} here" for n, o in misshapen.items()]
-    if strict and (missing or unexpected or shapes):
+    unexpected = [
+        name
+        for name, value in source.items()
+        if isinstance(value, torch.Tensor) and name not in taken and _is_chosen(name, include, exclude)
+    ]
+    mismatched = [f"{name} {problem}" for name, problem in problems.items()]
+    fitting = {name: old for name, old in pairs.items() if name not in problems}
+    if not fitting or (strict and (missing or unexpected or mismatched)):
+        what = f"the weights of {url} do not fit" if fitting else f"no weight of {url} fits"
         lines = [
             f"  {kind}: {', '.join(names[:_SHOWN])}{f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''}"
-            for kind, names in (("not in the source", missing), ("without a place", unexpected), ("misshapen", shapes))
+            for kind, names in (
+                ("not in the source", missing),
+                ("without a place", unexpected),
+                ("different", mismatched),
+            )
             if names
         ]
+        ways = "Use rename=, include= or exclude= to choose" + (
+            ", or strict=False to load what fits" if fitting else ""
+        )
+        raise StateMismatchError("\n".join([f"{what} the model, which was left as it was:", *lines, ways]))
+    # Of a sharded parameter this rank's part, in a tensor sharded alike: torch does not copy a whole one there.
+    state = {wanted[name]: _own_part(source[old], raw[wanted[name]]) for name, old in fitting.items()}
+    try:
+        model.load_state_dict(state, strict=False)
+    except CheckpointError:
+        raise
+    except Exception as exc:
         raise StateMismatchError(
-            f"the weights of {url} do not fit the model, which was left as it was:\n" + "\n".join(lines)
-            + "\nUse rename=, include= or exclude= to choose, or strict=False to load what fits"
-        )  # fmt: skip
-    fitting = {name: old for name, old in pairs.items() if name not in misshapen}
-    if not fitting:
-        raise StateMismatchError(f"no weight of {url} fits the model by name and shape; see rename= and include=")
-    model.load_state_dict({wanted[name]: source[old] for name, old in fitting.items()}, strict=False)
-    left = (*missing, *misshapen)
+            f"the model's load_state_dict() refused the weights of {url}: {exc or repr(exc)}. It may be partly filled"
+        ) from exc
     _log.info(
-        "warm_start.done url=%s loaded=%d missing=%d unexpected=%d", url, len(fitting), len(left), len(unexpected)
-    )
-    return WarmStarted(str(url), tuple(fitting), left, tuple(unexpected))
+        "warm_start.done url=%s loaded=%d missing=%d unexpected=%d mismatched=%d",
+        url, len(fitting), len(missing), len(unexpected), len(mismatched),
+    )  # fmt: skip
+    return WarmStarted(str(url), tuple(fitting), tuple(missing), tuple(unexpected), tuple(mismatched))
 
 
 def _is_chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -116,8 +154,29 @@ def _renamed(name: str, rename: Rename | None) -> str | None:
     return name
 
 
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+def _is_extra_state(name: str) -> bool:
+    return name.rpartition(".")[2] == "_extra_state"  # torch's own name for it
+
+
+def _misfit(name: str, here: Any, there: Any) -> str | None:
+    """Why a value of the source can't go to its place in the model, or None when it can."""
+    if _is_extra_state(name) or not isinstance(here, torch.Tensor):
+        return None  # what the module made of it, only the module can judge
+    if not isinstance(there, torch.Tensor):
+        return "is not a tensor there"
+    if there.is_meta:
+        return "was on the meta device when it was saved, and has no values"
+    if here.is_meta:
+        return "is on the meta device here and can't be filled; give it memory first (to_empty)"
+    if not torch.nn.parameter.is_lazy(here) and here.shape != there.shape:
+        return f"is {tuple(there.shape)} there and {tuple(here.shape)} here"
+    return None
+
+
+def _own_part(value: Any, pattern: Any) -> Any:
+    if isinstance(value, torch.Tensor) and isinstance(pattern, torch.Tensor) and is_sharded(pattern):
+        return put(value, like(pattern, value.dtype), "cpu")
+    return value
 
 
 def _weights(url: str, entry: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -134,8 +193,17 @@ def _unpickled(file: BinaryIO, url: str) -> Any:
     try:
         refuse_unpacking(file)
         return torch.load(file, map_location="cpu", weights_only=True)
+    except (StoreError, MemoryError):
+        raise
     except Exception as exc:
-        raise DamagedError(f"{url} is not a torch.save file that loads without running code: {exc}") from exc
+        cause = str(exc).rpartition("WeightsUnpickler error:")[2].strip()  # without the advice to run the file's code
+        if found := re.search(r"GLOBAL (\S+)|TorchScript", cause):
+            raise ConfigError(
+                f"{url} holds pickled objects ({found[1] or found[0]}), not just a state dict, and loading them would "
+                "run code from the file; where you trust it, load it yourself and save model.state_dict() to a file of "
+                "its own"
+            ) from exc
+        raise DamagedError(f"{url} is not a torch.save file that loads without running code: {cause}") from exc
 
 
 def _from_checkpoint(url: str, entry: str, options: dict[str, Any]) -> Any:
@@ -149,12 +217,20 @@ def _from_checkpoint(url: str, entry: str, options: dict[str, Any]) -> Any:
         store = open_store(root or "/", options)
     repository = Repository(store)
     source = Reader(repository, "fast", trust_pickle=False)
-    state = read_first(
-        repository,
-        lambda: [info for info in repository.infos() if folder in (None, info.name)],
-        lambda info: source.load(info, [entry], "cpu"),
-        lambda info, exc: _log.warning("warm_start.skip.damaged step=%d cause=%s", info.step, exc),
-    )
+    try:
+        state = read_first(
+            repository,
+            lambda: [info for info in repository.infos() if folder in (None, info.name)],
+            lambda info: source.load(info, [entry], "cpu"),
+            lambda info, exc: _log.warning("warm_start.skip.damaged step=%d cause=%s", info.step, exc),
+        )
+    except StateMismatchError as exc:
+        if "trust_pickle" not in str(exc):
+            raise
+        raise StateMismatchError(
+            f"{exc}. That goes for a CheckpointManager; warm_start runs no code of its source. One with read_only=True "
+            f"and trust_pickle=True gives the weights by load(only=[{entry!r}]), to pass to model.load_state_dict()"
+        ) from exc
     if state is None:
         raise NotFoundError(f"no checkpoint in {url}; give a run's root, one checkpoint's folder, or a file of weights")
     return state[entry]
@@ -167,6 +243,10 @@ def _flat(value: Any, where: str) -> dict[str, Any]:
             if isinstance(value.get(nest), Mapping):
                 return _flat(value[nest], where)
         if any(isinstance(item, torch.Tensor) for item in value.values()):
-            return {str(name): item for name, item in value.items() if isinstance(item, torch.Tensor)}
+            return {
+                name: item
+                for name, item in zip(map(str, value), value.values(), strict=True)
+                if isinstance(item, torch.Tensor) or _is_extra_state(name)
+            }
         raise ConfigError(f"{where} holds no state dict of tensors; its keys are {', '.join(map(str, value))[:200]}")
     raise NotFoundError(f"{where} holds a {type(value).__name__}, not a state dict")

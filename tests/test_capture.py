@@ -22,7 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from ckptmgr.errors import ConfigError, SaveFailedError
 from ckptmgr.state import PickleWarning, capture, non_finite
 from ckptmgr.state.codec import decode, from_json
-from ckptmgr.state.names import clean_names, pair, parameter_names
+from ckptmgr.state.names import clean_names, one_to_one, pair, parameter_names
 from ckptmgr.state.snapshot import Snapshot, flatten
 
 # torch warns of itself: of its own imports, and of its sparse tensors.
@@ -356,3 +356,24 @@ def test_tensors_that_are_not_finite_are_named() -> None:
 def test_an_ordered_state_dict_is_captured_under_its_keys() -> None:
     state = OrderedDict(a=torch.ones(1))
     assert capture({"m": state}).entries["m"] == {"$ordered": {"a": state["a"]}}
+
+
+def test_a_shared_parameter_is_named_by_an_entry_that_is_saved() -> None:
+    net = nn.Sequential(nn.Linear(1, 1, bias=False))
+    objects = {"part": net[0], "model": net, "o": torch.optim.AdamW(net.parameters())}
+    for only, name in ((None, "part.weight"), (["model", "o"], "model.0.weight"), (["o"], "part.weight")):
+        assert capture(objects, only).notes["o"]["params"] == [[name]]
+
+
+def test_every_name_of_a_parameter_is_known() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    names = parameter_names([("m", nn.Sequential(layer, layer)), ("again", layer)])
+    assert names.every() == {id(layer.weight): ["m.0.weight", "m.1.weight", "again.weight"]}
+
+
+def test_only_those_are_taken_for_the_same_that_alone_have_a_name_in_common() -> None:
+    assert one_to_one({1: ["a", "b"], 2: ["c", "c"]}, {"x": ["b"], "y": ["c"]}) == {1: "x", 2: "y"}
+    assert one_to_one({1: ["a"], 2: ["a"]}, {"x": ["a"]}) == {}
+    assert one_to_one({1: ["a"]}, {"x": ["a"], "y": ["a"]}) == {}
+    assert one_to_one({1: ["a"], 2: ["b"]}, {"x": ["a", "b"]}) == {1: "x"}
+    assert one_to_one({1: ["a", "b"]}, {"x": ["a"], "y": ["b"]}) == {1: "x"}

@@ -540,3 +540,10 @@ def test_non_contiguous_tensors_are_written_as_their_values(tmp_path: Path) -> N
 def test_tensors_come_to_the_device_asked_for(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "x")
     assert {tensor.device.type for tensor in load_file(tmp_path / "x", device="cpu").values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("given", [torch.nn.Linear(2, 2), [torch.ones(2)]], ids=["module", "list"])
+def test_what_is_no_dict_of_tensors_is_refused_with_what_to_give(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"{type(given).__name__}; give a dict of tensors, .* model\.state_dict\(\)"):
+        save_file(given, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []

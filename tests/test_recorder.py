@@ -799,3 +799,13 @@ def test_any_sequence_of_changes_is_captured_as_if_from_scratch(data: st.DataObj
     again = recorder.capture(copied(state))
     assert again.shape is last.shape
     assert all(again.entries[name] is tree for name, tree in last.entries.items() if isinstance(tree, dict | list))
+
+
+def test_names_follow_which_entries_are_saved_from_capture_to_capture() -> None:
+    recorder, objects = Recorder(), training()
+    objects = {"part": objects["model"].head, **objects}
+    for only in (None, ["model", "optimizer"], None, ["optimizer"], ["optimizer", "model"], ["part", "optimizer"]):
+        flat = recorder.capture(objects, only=only)
+        assert flat.notes == capture(objects, only=only).notes
+        named = {name.partition(".")[0] for name in flat.notes["optimizer"]["params"][0]}
+        assert named == {"model"} | ({"part"} if only is None or "model" not in only else set())

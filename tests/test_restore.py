@@ -22,7 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import ckptmgr.state
 from ckptmgr.errors import ConfigError, DamagedError, StateMismatchError
-from ckptmgr.state import PickleWarning, capture, match, materialize, unclaimed
+from ckptmgr.state import PickleWarning, capture, match, materialize, per_rank, unclaimed
 from ckptmgr.state.codec import from_json
 from ckptmgr.state.snapshot import Snapshot, StoredTensor, map_leaves
 
@@ -886,3 +886,428 @@ def test_importing_the_state_package_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     with pytest.raises(AttributeError, match="nothing"):
         ckptmgr.state.nothing  # noqa: B018
+
+
+# Optimizers whose parameters have other names
+
+
+class Shared(nn.Module):
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        super().__init__()
+        self.encoder, self.head = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(self.encoder(x))
+
+
+def states_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[Any]:
+    return [optimizer.state[parameter] for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("order", ["encoder model optimizer", "model optimizer encoder", "optimizer model encoder"])
+def test_a_parameter_of_several_entries_is_the_same_in_whatever_order_they_are_given(order: str) -> None:
+    model, other = Shared(0), Shared(1)
+    optimizer, fresh = adam(model), adam(other)
+    train(model, optimizer)
+    targets = {"encoder": other.encoder, "model": other, "optimizer": fresh}
+    stored = save(encoder=model.encoder, model=model, optimizer=optimizer)
+    restore(stored, **{name: targets[name] for name in order.split()})
+    assert equal(other.state_dict(), model.state_dict())
+    assert equal(states_of(fresh, other), states_of(optimizer, model))
+
+
+def test_a_trunk_that_two_networks_share_has_its_state_back_when_these_are_given_in_another_order() -> None:
+    def build(seed: int) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+        actor, critic = Shared(seed), Shared(seed + 10)
+        critic.encoder = actor.encoder
+        optimizer = adam(nn.ModuleList([actor, critic]))
+        train(actor, optimizer)
+        train(critic, optimizer)
+        return actor, critic, optimizer
+
+    actor, critic, optimizer = build(0)
+    other, judge, fresh = build(1)
+    restore(save(actor=actor, critic=critic, o=optimizer), critic=judge, o=fresh, actor=other)
+    assert equal(states_of(fresh, nn.ModuleList([other, judge])), states_of(optimizer, nn.ModuleList([actor, critic])))
+
+
+def test_an_optimizer_has_its_state_back_without_the_entry_that_named_its_parameters() -> None:
+    model = Shared(0)
+    optimizer = adam(model)
+    train(model, optimizer)
+    for entry in (model.encoder, {"parts": [(model.encoder,)]}):
+        for wrap in (lambda module: module, Wrapper):
+            other = Shared(1)
+            fresh = torch.optim.AdamW(reversed(list(other.parameters())))
+            restore(save(encoder=entry, model=model, o=optimizer), model=wrap(other), o=fresh)
+            assert equal(states_of(fresh, other), states_of(optimizer, model))
+
+
+def test_state_for_two_parameters_never_goes_to_one_nor_that_of_one_to_two() -> None:
+    def build(is_tied: bool) -> dict[str, Any]:
+        model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        if is_tied:
+            model[1].weight = model[0].weight
+        optimizer = adam(model)
+        train(model, optimizer)
+        return {"model": model, "o": optimizer}
+
+    text = refusal(save(**build(False)), **build(True))
+    assert "o has state in the checkpoint for parameters that it does not have here: model.1.weight" in text
+    text = refusal(save(**build(True)), **build(False))
+    assert "o has parameters here that it did not have in the checkpoint: model.1.weight" in text
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_an_optimizer_restores_when_a_wrapper_of_ones_own_came_or_went(is_wrapped: bool) -> None:
+    model, other = net(0), net(1)
+    optimizer, fresh = adam(model), torch.optim.AdamW(reversed(list(other.parameters())))
+    train(model, optimizer)
+    then, now = (Wrapper(model), other) if is_wrapped else (model, Wrapper(other))
+    restore(save(model=then, optimizer=optimizer), model=now, optimizer=fresh)
+    assert equal(states_of(fresh, other), states_of(optimizer, model))
+
+
+def test_state_is_never_guessed_where_a_name_could_be_that_of_two() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(1, 1, bias=False), "b": nn.Linear(1, 1, bias=False)})
+    other = nn.ModuleDict({"module": Wrapper(nn.Linear(1, 1, bias=False)), "_orig_mod": nn.Linear(1, 1, bias=False)})
+    text = refusal(save(m=model["a"], o=adam(model["a"])), m=other, o=adam(other))
+    assert "o has parameters here that it did not have in the checkpoint: m.module.module.weight, m._orig_mod.w" in text
+
+
+def test_names_that_differ_by_nothing_but_a_prefix_are_told_apart_in_any_order() -> None:
+    def build() -> nn.Module:
+        return nn.ModuleDict({name: nn.Linear(1, 1, bias=False) for name in ("module", "_orig_mod")})
+
+    part, other = build(), build()
+    optimizer, fresh = OPTIMIZERS["sgd"](part.parameters()), OPTIMIZERS["sgd"](other.parameters())
+    for number, parameter in enumerate(part.parameters()):
+        optimizer.state[parameter]["momentum_buffer"] = torch.full((1, 1), float(number))
+    stored = save(part=part, model=nn.Sequential(part), o=optimizer)
+    restore(stored, model=nn.Sequential(other), o=fresh, part=other)
+    assert equal(states_of(fresh, other), states_of(optimizer, part))
+
+
+class LowRank(torch.optim.Optimizer):
+    """Keeps the mean over the rows of a gradient."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.defaults["rank"] = 1
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state, rows = self.state[parameter], parameter.grad.reshape(-1, parameter.shape[-1])
+            mean = state.setdefault("exp_avg", torch.zeros(1, parameter.shape[-1]))
+            mean.mul_(0.9).add_(rows.mean(0, keepdim=True))
+            parameter.data.sub_(mean.reshape(-1, *mean.shape[2:])[0])
+
+
+def test_an_optimizer_with_state_in_shapes_of_its_own_takes_back_its_own_checkpoint() -> None:
+    model = nn.Linear(2, 3)
+    optimizer = LowRank(model.parameters())
+    train(model, optimizer)
+    stored, saved = save(model=model, o=optimizer), [state["exp_avg"].clone() for state in states_of(optimizer, model)]
+    train(model, optimizer)
+    other = nn.Linear(2, 3)
+    for target, live in ((model, optimizer), (other, LowRank(other.parameters()))):
+        restore(stored, model=target, o=live)
+        assert equal([state["exp_avg"] for state in states_of(live, target)], saved)
+
+
+def test_state_in_shapes_of_its_own_is_judged_by_the_state_that_the_optimizer_has() -> None:
+    model, other = nn.Linear(2, 3, bias=False), nn.Linear(2, 3, bias=False)
+    optimizer, live = LowRank(model.parameters()), LowRank(other.parameters())
+    train(model, optimizer)
+    live.state[other.weight]["exp_avg"] = torch.zeros(1, 4)
+    text = refusal(save(model=model, o=optimizer), model=other, o=live)
+    assert "o has exp_avg of shape (1, 2) in the checkpoint for model.weight of shape (3, 2)" in text
+
+
+def test_state_of_a_class_that_steps_as_torchs_own_is_judged_by_its_parameters() -> None:
+    class Renamed(torch.optim.AdamW):
+        pass
+
+    model = net()
+    optimizer = Renamed(model.parameters())
+    train(model, optimizer)
+    text = refusal(save(o=optimizer), o=Renamed(reversed(list(model.parameters()))))
+    assert "has exp_avg of shape (3, 2) in the checkpoint for parameter 0 of group 0 of shape (1,)" in text
+
+
+def test_lbfgs_goes_on_the_same_but_is_refused_with_its_parameters_in_another_order() -> None:
+    def build(seed: int, *, is_reversed: bool = False) -> tuple[nn.Module, torch.optim.LBFGS]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+        parameters = list(model.parameters())
+        return model, torch.optim.LBFGS(reversed(parameters) if is_reversed else parameters, max_iter=3)
+
+    def run(model: nn.Module, optimizer: torch.optim.LBFGS) -> list[float]:
+        x = torch.arange(8.0).view(4, 2)
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            found: torch.Tensor = (model(x) - x.sum(1, keepdim=True)).square().mean()
+            found.backward()
+            return found
+
+        return [optimizer.step(loss).item() for _ in range(3)]  # type: ignore[arg-type, attr-defined]
+
+    model, optimizer = build(0)
+    fresh = save(m=model, o=optimizer)
+    run(model, optimizer)
+    stored = save(m=model, o=optimizer)
+    other, again = build(1, is_reversed=True)
+    text = refusal(stored, m=other, o=again)
+    order = "m.0.weight, m.0.bias, m.2.weight, m.2.bias"
+    assert f"o has one state for all its parameters together: build it with them in order, {order}" in text
+    restore(fresh, m=other, o=again)  # which has no state yet
+    other, again = build(1)
+    restore(stored, m=other, o=again)
+    assert run(other, again) == run(model, optimizer)
+
+
+# Tensors that had to be pickled: those of a class that is not torch's, and what is more than numbers in a rank's part
+
+
+class Marked(torch.Tensor):
+    """A class that is nothing but a name."""
+
+
+class Wrapped(torch.Tensor):
+    """A class that holds another tensor and takes torch's calls itself, as quantized weights do."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapped:
+        made: Wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+        return made
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Wrapped({self.inner})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Wrapped, (self.inner,)
+
+    @classmethod
+    def __torch_dispatch__(cls, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [one.inner if isinstance(one, Wrapped) else one for one in args]
+        if call is torch.ops.aten.copy_.default:
+            if not isinstance(args[1], Wrapped):
+                raise TypeError("only a Wrapped is copied into a Wrapped")
+            given[0].copy_(given[1])
+            return args[0]
+        made = call(*given, **(kwargs or {}))
+        return Wrapped(made) if isinstance(made, torch.Tensor) else made
+
+
+class Odd(nn.Module):
+    """A module with a parameter and a buffer of such classes, among plain ones."""
+
+    def __init__(self, wrapped: torch.Tensor, marked: torch.Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.wrapped = nn.Parameter(Wrapped(wrapped), requires_grad=False)
+        self.register_buffer("marked", marked.as_subclass(Marked))
+
+
+# Each with bits that arithmetic would not keep.
+def numbers() -> torch.Tensor:
+    return torch.tensor([0x7FA00001, -0x80000000, 0x3F800000], dtype=torch.int32).view(torch.float32)
+
+
+def bits(tensor: torch.Tensor) -> list[int]:
+    plain = tensor.inner if isinstance(tensor, Wrapped) else tensor.as_subclass(torch.Tensor)
+    listed: list[int] = plain.view(torch.int32).tolist()
+    return listed
+
+
+def save_own(**objects: Any) -> Stored:
+    snapshot = capture({name: per_rank(value) for name, value in objects.items()})
+    stored = Stored(snapshot)
+    stored._objects = snapshot.ranks[0].objects
+    return stored
+
+
+odd_pickles = pytest.mark.filterwarnings("ignore::ckptmgr.state.pickled.PickleWarning")
+
+
+@odd_pickles
+def test_tensors_of_other_classes_come_back_bit_for_bit_where_they_are_when_trusted() -> None:
+    model, other = Odd(numbers(), numbers()), Odd(torch.zeros(3), torch.zeros(3))
+    stored = save(model=model, own=numbers().as_subclass(Marked), parts=[numbers().as_subclass(Marked), 1])
+    own, part = torch.zeros(3).as_subclass(Marked), torch.zeros(3).as_subclass(Marked)
+    parts = [part, 0]
+    wrapped, inner, marked = other.wrapped, other.wrapped.inner, other.marked  # type: ignore[attr-defined]
+    plan = match({"model": other, "own": own, "parts": parts}, stored)
+    plan.apply(stored.fetch, objects=stored.objects)
+    assert (plan.mismatched, plan.casts) == ((), ())
+    assert other.wrapped is wrapped
+    assert (wrapped.inner is inner, other.marked is marked) == (True, True)  # type: ignore[attr-defined]
+    assert [type(one) for one in (wrapped, marked, own, part)] == [Wrapped, Marked, Marked, Marked]
+    assert [bits(one) for one in (inner, marked, own, part)] == [bits(numbers())] * 4  # type: ignore[arg-type]
+    assert parts[0] is part
+    assert parts[1] == 1
+    assert torch.equal(other.layer.weight, model.layer.weight)
+
+
+@odd_pickles
+def test_a_sparse_tensor_of_a_rank_s_own_comes_back_when_trusted() -> None:
+    class Holder(nn.Module):
+        def __init__(self, value: torch.Tensor) -> None:
+            super().__init__()
+            self.register_buffer("sparse", value)
+
+    stored = save_own(x=torch.eye(3).to_sparse(), model=Holder(torch.eye(2).to_sparse()))
+    x, model = torch.zeros(3, 3).to_sparse(), Holder(torch.zeros(2, 2).to_sparse())
+    match({"x": x, "model": model}, stored).apply(stored.fetch, objects=stored.objects)
+    assert torch.equal(x.to_dense(), torch.eye(3))
+    assert torch.equal(model.sparse.to_dense(), torch.eye(2))  # type: ignore[operator]
+    dense = torch.zeros(3, 3)
+    with pytest.raises(StateMismatchError, match=r"x is a Tensor \(torch.sparse_coo.*and a Tensor \(torch.strided"):
+        match({"x": dense}, stored).apply(stored.fetch, objects=stored.objects)
+    assert dense.sum() == 0
+
+
+@odd_pickles
+def test_a_tensor_that_was_pickled_needs_trust_and_nothing_is_touched_without_it() -> None:
+    stored = save(model=Odd(numbers(), numbers()), own=numbers().as_subclass(Marked))
+    model, own = Odd(torch.zeros(3), torch.zeros(3)), torch.zeros(3).as_subclass(Marked)
+    before = model.layer.weight.tolist()
+    with pytest.raises(
+        StateMismatchError, match=r"model\.wrapped, model\.marked, own\. Pass trust_pickle=True"
+    ) as caught:
+        match({"model": model, "own": own}, stored).apply(stored.fetch)
+    assert "no tensor" not in str(caught.value)
+    assert "not a tensor" not in str(caught.value)
+    assert "skip=" in str(caught.value)
+    assert (model.layer.weight.tolist(), stored.fetched, bits(own)) == (before, [], [0, 0, 0])
+
+
+@odd_pickles
+def test_without_trust_and_not_strict_the_rest_is_loaded_and_a_pickled_tensor_reported() -> None:
+    saved = Odd(numbers(), numbers())
+    stored = save(model=saved, own=numbers().as_subclass(Marked))
+    model, own = Odd(torch.zeros(3), torch.zeros(3)), torch.zeros(3).as_subclass(Marked)
+    plan = match({"model": model, "own": own}, stored, strict=False)
+    plan.apply(stored.fetch)
+    assert plan.mismatched == tuple(
+        f"{name} was pickled, and loading it needs trust_pickle=True"
+        for name in ("model.wrapped", "model.marked", "own")
+    )
+    assert torch.equal(model.layer.weight, saved.layer.weight)
+    assert [bits(model.wrapped), bits(model.marked), bits(own)] == [[0, 0, 0]] * 3  # type: ignore[arg-type]
+
+
+@odd_pickles
+@pytest.mark.parametrize("when", ["match", "apply"])
+def test_pickled_tensors_that_do_not_fit_are_all_said_before_anything_is_touched(when: str) -> None:
+    saved = Odd(numbers(), numbers())
+    stored = save(model=saved, own=numbers().as_subclass(Marked), other=torch.ones(2).as_subclass(Marked), what=int)
+    model = Odd(torch.zeros(3).double(), torch.zeros(4))
+    own, other, what = torch.zeros(2).as_subclass(Marked), Wrapped(torch.zeros(2)), torch.zeros(1)
+    targets: dict[str, Any] = {"model": model, "own": own, "other": other, "what": what}
+    before = model.layer.weight.tolist()
+    early = stored.objects if when == "match" else None
+    if early:  # then they are said with what else does not fit
+        targets["lacking"] = torch.zeros(1)
+    with pytest.raises(StateMismatchError) as caught:
+        match(targets, stored, objects=early).apply(stored.fetch, objects=stored.objects)
+    message = str(caught.value)
+    for line in (
+        "model.wrapped is a Wrapped (torch.strided, torch.float32) in the checkpoint and a Wrapped (torch.strided, "
+        "torch.float64) in the object",
+        "model.marked has shape (3,) in the checkpoint and (4,) in the object",
+        "own has shape (3,) in the checkpoint and (2,) in the object",
+        "other is a Marked (torch.strided, torch.float32) in the checkpoint and a Wrapped (torch.strided, "
+        "torch.float32) in the object",
+        "what is not a tensor in the checkpoint",
+        *(["lacking: the checkpoint has no such entry"] if early else []),
+    ):
+        assert line in message
+    assert "nothing was changed" in message
+    assert (model.layer.weight.tolist(), stored.fetched) == (before, [])
+
+    plan = match(targets, stored, strict=False, objects=early)
+    plan.apply(stored.fetch, objects=stored.objects)
+    assert [line.split()[0] for line in plan.mismatched] == ["model.wrapped", "model.marked", "own", "other", "what"]
+    assert torch.equal(model.layer.weight, saved.layer.weight)
+    assert (model.marked.tolist(), own.tolist(), what.tolist()) == ([0] * 4, [0, 0], [0])  # type: ignore[operator]
+
+
+@odd_pickles
+def test_a_pickled_tensor_of_another_precision_is_cast_and_reported_and_its_optimizer_s_state_follows() -> None:
+    class Plain(nn.Module):
+        def __init__(self, value: torch.Tensor) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(value.as_subclass(Marked))
+
+    def sgd(model: Plain) -> torch.optim.SGD:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        model.weight.as_subclass(torch.Tensor).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return optimizer
+
+    saved, model = Plain(torch.ones(2)), Plain(torch.zeros(2).double())
+    stored = save(model=saved, optimizer=sgd(saved))
+    optimizer = sgd(model)
+    plan = match({"model": model, "optimizer": optimizer}, stored)
+    plan.apply(stored.fetch, objects=stored.objects)
+    assert plan.casts == ("model.weight: torch.float32 -> torch.float64",)
+    assert torch.equal(model.weight, saved.weight.double())
+    assert optimizer.state[model.weight]["momentum_buffer"].dtype == torch.float64
+
+
+@odd_pickles
+def test_a_pickled_tensor_without_values_is_said() -> None:
+    class Still(torch.Tensor):
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            return functools.partial(torch.empty, device="meta"), (2,)
+
+    stored = save(x=torch.ones(2).as_subclass(Still))
+    with pytest.raises(StateMismatchError, match="x was on the meta device when it was saved"):
+        match({"x": torch.zeros(2)}, stored).apply(stored.fetch, objects=stored.objects)
+    with pytest.raises(StateMismatchError, match="x is on the meta device here"):
+        match({"x": torch.zeros(2, device="meta")}, stored)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@odd_pickles
+def test_a_nested_tensor_as_a_target_is_refused_in_words() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+            self.register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+
+    stored = save_own(own=torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    with pytest.raises(StateMismatchError, match=r"own is a nested Tensor \(.* in the checkpoint and a Tensor"):
+        match({"own": torch.zeros(2, 3)}, stored).apply(stored.fetch, objects=stored.objects)
+    stored = save(model={"weight": torch.ones(2), "nested": torch.ones(2)})
+    with pytest.raises(StateMismatchError, match=r"model\.nested is a nested tensor here and can't be filled in place"):
+        match({"model": Holder()}, stored)
+    model = Holder()
+    nn.init.zeros_(model.weight)
+    plan = match({"model": model}, stored, strict=False)
+    plan.apply(stored.fetch)
+    assert len(plan.mismatched) == 1
+    assert model.weight.tolist() == [1, 1]
+
+
+@odd_pickles
+def test_a_class_that_is_nothing_but_a_name_may_come_and_go() -> None:
+    stored = save(x=numbers().as_subclass(Marked), y=numbers())
+    x, y = torch.zeros(3), torch.zeros(3).as_subclass(Marked)
+    match({"x": x, "y": y}, stored).apply(stored.fetch, objects=stored.objects)
+    assert bits(x) == bits(y) == bits(numbers())

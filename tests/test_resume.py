@@ -23,13 +23,18 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ckptmgr import (
     CheckpointManager,
+    ConfigError,
     DamagedError,
     FormatVersionError,
     NotFoundError,
     StateMismatchError,
     StoreError,
+    per_rank,
 )
-from ckptmgr.testing import MemoryStore
+from ckptmgr.config import load_config
+from ckptmgr.restart import Restart
+from ckptmgr.run import Run
+from ckptmgr.testing import MemoryStore, ThreadRanks
 
 
 def network(width: int = 4) -> nn.Sequential:
@@ -569,3 +574,188 @@ def test_nothing_is_told_of_a_newest_checkpoint_that_is_there_or_was_deleted_thr
             mgr.save({"x": turn}, 2 * turn + 2)
             mgr.delete(2 * turn + 2)
     assert "newest_gone" not in caplog.text
+
+
+# Mistakes of the call
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (float("inf"), "best is a float, which can't be filled in place"),
+        ([{"pair": (nn.Linear(1, 1), 3)}], r"best\[0\]\.pair is a tuple of objects and plain values"),
+    ],
+    ids=["a number", "a mixed tuple"],
+)
+def test_a_target_that_can_not_be_filled_fails_as_well_when_there_is_nothing_to_fill_it_from(
+    tmp_path: Path, value: Any, words: str
+) -> None:
+    state = {"model": network(), "best": value}
+    with manager(tmp_path) as mgr:
+        with pytest.raises(ConfigError, match=words) as first:
+            mgr.resume(**state)
+        assert list(tmp_path.iterdir()) == []  # nor does it keep the root
+        assert not mgr.resume(skip=["best"], **state)
+        mgr.save(state, 1)
+    with pytest.raises(ConfigError) as later:
+        manager(tmp_path).resume(**state)
+    assert str(later.value) == str(first.value)
+    with pytest.raises(ConfigError):
+        manager(tmp_path, fresh=True).resume(**state)
+    assert manager(tmp_path, read_only=True).all_steps() == [1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_target_that_can_not_be_filled_on_one_rank_fails_on_all(rank: int) -> None:
+    store, config = MemoryStore(), load_config("memory")
+
+    def start(ranks: ThreadRanks) -> Any:
+        run = Run(store, config, takeover=False, read_only=False)
+        target = 1.5 if ranks.rank == rank else torch.zeros(1)
+        return Restart(run, config, ranks, read_only=False, fresh=False).resume({"x": target}, None, True, (), "cpu")
+
+    results = ThreadRanks.run(3, start)
+    assert {type(result) for result in results} == {ConfigError}
+    assert all("x is a float" in str(result) for result in results)
+    assert store.list() == []
+
+
+@pytest.mark.parametrize("step", [None, 4])
+def test_a_text_for_a_list_of_entries_is_told_apart_from_its_letters(
+    root: Path, tmp_path: Path, step: int | None
+) -> None:
+    where = root if step else tmp_path / "empty"
+    with pytest.raises(ConfigError, match=r"skip='optimizer' is one text; give a list: \['optimizer'\]"):
+        manager(where).resume(network(), skip="optimizer")
+    with pytest.raises(ConfigError, match=r"only='model' is one text; give a list: \['model'\]"):
+        manager(root, read_only=True).load(step or "latest", only="model")
+
+
+# Objects that were forgotten
+
+
+def unclaimed_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [line for line in caplog.messages if "resume.entry.unclaimed" in line]
+
+
+def test_objects_that_resume_was_not_given_are_named_once_and_plain_values_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedulers = {"warm": torch.optim.lr_scheduler.StepLR(optimizer, 3)}
+    state = {"model": model, "optimizer": optimizer, "schedulers": schedulers, "tokens": 7, "mean": torch.ones(2)}
+    with manager(tmp_path) as mgr:
+        for step in (1, 2, 3):
+            mgr.save(state, step)
+    spoil(tmp_path, 3)
+    start = manager(tmp_path).resume(model)
+    assert (start.step, sorted(start.values)) == (2, ["mean", "optimizer", "schedulers", "tokens"])
+    (line,) = unclaimed_lines(caplog)
+    assert "step=2 entries=optimizer,schedulers:" in line
+    assert ".values" in line
+    assert "skip=['optimizer', 'schedulers']" in line
+
+
+def test_nothing_is_told_of_objects_that_were_given_or_skipped_or_where_none_was_given(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    manager(root, read_only=True).resume(model, torch.optim.AdamW(model.parameters()))
+    manager(root, read_only=True).resume(model, skip=["optimizer"])
+    assert "optimizer" in manager(root, read_only=True).resume().values
+    assert unclaimed_lines(caplog) == []
+
+
+def test_of_several_ranks_one_tells_of_objects_that_were_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    store, config = MemoryStore(), load_config("memory")
+    with manager(store) as mgr:
+        mgr.save({"x": torch.ones(1), "layer": nn.Linear(1, 1)}, 1)
+
+    def start(ranks: ThreadRanks) -> bool:
+        run = Run(store, config, takeover=False, read_only=True)
+        restart = Restart(run, config, ranks, read_only=True, fresh=False)
+        return bool(restart.resume({"x": torch.zeros(1)}, None, True, (), "cpu")[1])
+
+    assert ThreadRanks.run(3, start) == [True] * 3
+    assert len(unclaimed_lines(caplog)) == 1
+
+
+# Going back
+
+
+@pytest.mark.parametrize("step", [2, "mark"])
+def test_going_back_warns_at_each_start_of_how_much_it_puts_aside(
+    root: Path, caplog: pytest.LogCaptureFixture, step: int | str
+) -> None:
+    with manager(root) as mgr:
+        mgr.resume(step=2)
+        mgr.save({"x": 1}, 3, tags=["mark"])
+        mgr.save({"x": 1}, 4)
+        mgr.save({"x": 1}, 5)
+    caplog.clear()
+    for archived in (3, 1) if step == 2 else (2, 1):
+        with manager(root) as mgr:
+            back = mgr.resume(step=step).step
+            (record,) = [one for one in caplog.records if "resume.rewind.archived" in one.message]
+            assert record.levelname == "WARNING"
+            assert f"step={back} archived={archived} newest={5 if archived > 1 else 6} " in record.message
+            assert f"resume(step={step!r})" in record.message
+            assert f"manager.rewind({back})" in record.message
+            mgr.save({"x": 1}, 6)
+        caplog.clear()
+
+
+def test_nothing_is_told_of_going_back_where_nothing_is_put_aside(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manager(root, read_only=True).resume(step=2)
+    for step in (4, "latest", None):
+        with manager(root) as mgr:
+            mgr.resume(step=step)
+    with manager(root) as mgr:
+        mgr.rewind(3)
+        mgr.resume()
+    spoil(root, 3)
+    with manager(root) as mgr:
+        assert mgr.resume(network()).step == 2
+    assert "resume.rewind" not in caplog.text
+
+
+class Marked(torch.Tensor):
+    """A class of its own, as libraries of images have, and nothing but a name."""
+
+
+class Labelled(nn.Module):
+    def __init__(self, value: float, size: int = 3) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("label", torch.full((size,), value).as_subclass(Marked))
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch", "dcp"])
+def test_a_model_with_a_tensor_of_another_class_resumes_whole_when_trusted_and_says_so_when_not(
+    tmp_path: Path, format: str
+) -> None:
+    saved, sparse = Labelled(float("nan")), torch.eye(3).to_sparse()
+    with manager(tmp_path, format=format) as mgr, pytest.warns(UserWarning, match=r"trust_pickle"):
+        mgr.save({"model": saved, "own": per_rank(sparse)}, 1)
+    model, own = Labelled(0.0), torch.zeros(3, 3).to_sparse()
+    before = snapshots(model)
+    with (
+        manager(tmp_path) as mgr,
+        pytest.raises(StateMismatchError, match=r"model\.label, own\. Pass trust_pickle=True"),
+    ):
+        mgr.resume(model, own=own)
+    misshapen = Labelled(0.0, size=4)
+    untouched = snapshots(misshapen)
+    with manager(tmp_path, trust_pickle=True) as mgr:
+        with pytest.raises(StateMismatchError, match=r"model\.label has shape \(3,\) in the checkpoint and \(4,\)"):
+            mgr.resume(misshapen, own=own)
+        assert same(snapshots(misshapen), untouched)
+        assert same(snapshots(model), before)
+        assert own._nnz() == 0
+        assert mgr.resume(model, own=own).step == 1
+    assert type(model.label) is Marked
+    label, then = (one.label.as_subclass(torch.Tensor).view(torch.int32) for one in (model, saved))  # type: ignore[operator]
+    assert torch.equal(label, then)
+    assert torch.equal(model.layer.weight, saved.layer.weight)
+    assert torch.equal(own.to_dense(), sparse.to_dense())

@@ -80,13 +80,11 @@ class Reader:
         objects = unmarked(objects)
         before = generators()
         try:
-            found = named_modules(objects)
+            saved = {name: value for name, value in objects.items() if only is None or name in only}
+            # What stands in several entries is named by one that is saved: the checkpoint knows that name.
+            found = named_modules(saved | objects)
             names = Names(found, self._known)
-            chosen = {
-                name: value
-                for name, value in objects.items()
-                if (only is None or name in only) and (shared or name in own)
-            }
+            chosen = {name: value for name, value in saved.items() if shared or name in own}
             asking, asking_own = _Asking(names), _Asking(names)
             states = {name: (asking_own if name in own else asking).read(name, value) for name, value in chosen.items()}
         finally:

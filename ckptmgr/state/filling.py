@@ -12,6 +12,7 @@ from torch import nn
 from .codec import decode
 from .differences import Differences
 from .in_place import InPlace
+from .names import ParameterNames
 from .snapshot import StoredTensor, Tree
 from .trees import Needs
 
@@ -88,24 +89,47 @@ class Filling:
     fill: Callable[[Source], None]
 
 
+@dataclass(frozen=True, eq=False)
+class PickledTensor:
+    """What was pickled under `key` is to fill `target`, which is at `path`, in the object `where`. Only loading it can
+    tell whether it fits."""
+
+    target: torch.Tensor
+    key: str
+    where: str
+    path: str
+
+
 @dataclass
 class Fitting:
-    """What is known while targets are compared: their parameters' names, and what was found so far.
+    """What is known while targets are compared: their parameters' names, the checkpoint's entries, and
+    what was found so far.
 
-    `dtypes` has the stored dtype of a target's parameter, by id.
+    `dtypes` has the stored dtype of a target's parameter, by id. `pickled` are still to be compared; of those
+    that were, `left_out` has the keys of those that fill nothing.
     """
 
-    names: dict[int, str]
+    names: ParameterNames
     differences: Differences
+    entries: Mapping[str, Tree]
     fillings: list[Filling] = field(default_factory=list)
     in_place: InPlace = field(default_factory=InPlace)
     dtypes: dict[int, torch.dtype] = field(default_factory=dict)
+    pickled: list[PickledTensor] = field(default_factory=list)
+    left_out: set[str] = field(default_factory=set)
+
+    def compare_later(self, target: torch.Tensor, tree: Tree, where: str, path: str) -> None:
+        self.pickled.append(PickledTensor(target, str(tree["$object"]), where, path))
+
+    def leaves_out(self, tree: Tree) -> bool:
+        return bool(self.left_out) and isinstance(tree, dict) and str(tree.get("$object")) in self.left_out
 
     def needs(self) -> Needs:
         needs = Needs()
         for filling in self.fillings:
             for tree, path in filling.trees:
-                needs.add(tree, path)
+                if not self.leaves_out(tree):
+                    needs.add(tree, path)
         return needs
 
 

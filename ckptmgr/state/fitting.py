@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ..errors import ConfigError
 from .codec import join
 from .filling import FIRST, LOADER, OPTIMIZER, OTHER, SCHEDULER, Filling, Fitting, Source, another_class
-from .models import fit_module, misfit
+from .models import fit_module, is_pickled, misfit
 from .optimizers import fit_optimizer
 from .plain_tags import is_unsaved
 from .ranks import sampler_epoch
@@ -27,6 +27,27 @@ def is_target(value: Any) -> bool:
     if type(value) is tuple:
         return bool(value) and all(map(is_target, value))
     return isinstance(value, torch.Tensor | dict | list) or has_load(value)
+
+
+def refuse_unfillable(where: str, target: Any) -> None:
+    """Raises `ConfigError` for a target that can't be filled in place, or that holds what can't."""
+    if not is_target(target):
+        raise ConfigError(
+            f"{where} is a {type(target).__qualname__}, which can't be filled in place; leave it out and take it "
+            "from the values that come back"
+        )
+    if has_load(target) or not isinstance(target, dict | list | tuple):
+        return
+    for key, part in target.items() if isinstance(target, dict) else enumerate(target):
+        if holds_objects(part):
+            path = join(where, [_step(key)])
+            _refuse_mixed(path, part)
+            refuse_unfillable(path, part)
+
+
+def _refuse_mixed(where: str, part: Any) -> None:
+    if not is_target(part):
+        raise ConfigError(f"{where} is a tuple of objects and plain values, which can't be replaced there; use a list")
 
 
 def holds_objects(value: Any) -> bool:
@@ -64,13 +85,18 @@ def _fit_tensor(fitting: Fitting, where: str, target: torch.Tensor, tree: Tree) 
     if problem := misfit(target, tree):
         fitting.differences.add("mismatched", where, [f"{where} {problem}"])
         return
-    if not nn.parameter.is_lazy(target):
+    if is_pickled(tree):
+        fitting.compare_later(target, tree, where, where)
+    elif not nn.parameter.is_lazy(target):
         if target.dtype != tree.dtype:
             fitting.differences.casts.append(f"{where}: {tree.dtype} -> {target.dtype}")
         fitting.in_place.offer([(tree, target)])
 
     def fill(source: Source) -> None:
-        source.copy([(tree, target)])
+        if not is_pickled(tree):
+            source.copy([(tree, target)])
+        elif not fitting.leaves_out(tree):
+            target.copy_(source.decode(tree, where))
 
     fitting.fillings.append(Filling(FIRST, where, [(tree, where)], fill))
 
@@ -115,10 +141,7 @@ def _step(key: Any) -> Any:
 def _is_filled(target: Any, tree: Tree, where: str) -> bool:
     """Whether a part of a container is filled in place; otherwise it is replaced."""
     if holds_objects(target):
-        if not is_target(target):
-            raise ConfigError(
-                f"{where} is a tuple of objects and plain values, which can't be replaced there; use a list"
-            )
+        _refuse_mixed(where, target)
         return True
     return (isinstance(target, dict) and items(tree) is not None) or (
         isinstance(target, list) and elements(tree) is not None

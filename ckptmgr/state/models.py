@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .filling import FIRST, Filling, Fitting, Source
+from .filling import FIRST, Filling, Fitting, PickledTensor, Source
 from .names import clean_names, modules, pair
 from .snapshot import StoredTensor, Tree
 from .trees import items
@@ -40,25 +40,30 @@ def fit_module(fitting: Fitting, where: str, module: nn.Module, tree: Tree, note
             if problem := misfit(target, part):
                 fitting.differences.add("mismatched", where, [f"{path} {problem}"])
                 continue
-            fitting.dtypes[id(target)] = part.dtype
-            if not nn.parameter.is_lazy(target):
-                offers.append((part, target))
-                if target.dtype != part.dtype:
-                    fitting.differences.casts.append(f"{path}: {part.dtype} -> {target.dtype}")
+            if is_pickled(part):
+                fitting.compare_later(target, part, where, path)
+            else:
+                fitting.dtypes[id(target)] = part.dtype
+                if not nn.parameter.is_lazy(target):
+                    offers.append((part, target))
+                    if target.dtype != part.dtype:
+                        fitting.differences.casts.append(f"{path}: {part.dtype} -> {target.dtype}")
         parts.append((raw, target, part, path))
     if takes_in_place(module):
         fitting.in_place.offer(offers)
     else:
         fitting.in_place.make(offers)
-    complete = not fitting.differences.has(where)
 
     def fill(source: Source) -> None:
+        complete = not fitting.differences.has(where)
         if complete and len(offers) == len(parts) and copies_only(module):
             # The same as below, whose time grows with the square of a module's children.
             source.copy(offers)
             return
         state: OrderedDict[str, Any] = OrderedDict()
         for raw, target, part, path in parts:
+            if fitting.leaves_out(part):
+                continue
             # The parameter itself where it has been read into: copying it onto itself costs nothing.
             state[raw] = target if source.in_place.has(part, target) else source.decode(part, path)
         if isinstance(versions := note.get("versions"), Mapping):
@@ -69,18 +74,82 @@ def fit_module(fitting: Fitting, where: str, module: nn.Module, tree: Tree, note
 
 
 def misfit(target: torch.Tensor, tree: Tree) -> str | None:
-    """Why a tensor can't be filled from a tree, or None when it can."""
-    if not isinstance(tree, StoredTensor):
-        if isinstance(tree, dict) and "$meta" in tree:
-            return "was on the meta device when it was saved, and has no values"
-        return "is not a tensor in the checkpoint"
+    """Why a tensor can't be filled from a tree, or None when it can, or when only loading what was pickled can tell."""
+    if isinstance(tree, StoredTensor):
+        return _misfit(target, tree.shape)
+    if isinstance(tree, dict) and "$meta" in tree:
+        return _META
+    return _misfit(target, None) if is_pickled(tree) else _NO_TENSOR
+
+
+def is_pickled(tree: Tree) -> bool:
+    """Whether a tree stands for what was pickled, such as a tensor of a class that is not torch's."""
+    return isinstance(tree, dict) and "$object" in tree
+
+
+def compare_pickled(fitting: Fitting, values: Mapping[str, Any]) -> None:
+    """Compare tensors with what was pickled for them, now that it is loaded: differences are noted."""
+    for one in fitting.pickled:
+        value = values[one.key]
+        if problem := _pickled_misfit(one.target, value):
+            _leave_out(fitting, one, problem)
+            continue
+        fitting.dtypes[id(one.target)] = value.dtype
+        if not nn.parameter.is_lazy(one.target) and one.target.dtype != value.dtype:
+            fitting.differences.casts.append(f"{one.path}: {value.dtype} -> {one.target.dtype}")
+    fitting.pickled.clear()
+
+
+def leave_pickled(fitting: Fitting) -> None:
+    """Note of the tensors that what was pickled for them is not to be loaded."""
+    for one in fitting.pickled:
+        _leave_out(fitting, one, "was pickled, and loading it needs trust_pickle=True")
+    fitting.pickled.clear()
+
+
+def _leave_out(fitting: Fitting, one: PickledTensor, problem: str) -> None:
+    fitting.differences.add("mismatched", one.where, [f"{one.path} {problem}"])
+    fitting.left_out.add(one.key)
+
+
+_NO_TENSOR = "is not a tensor in the checkpoint"
+_META = "was on the meta device when it was saved, and has no values"
+
+
+def _misfit(target: torch.Tensor, shape: tuple[int, ...] | None) -> str | None:
+    """Why a tensor can't be filled with one of this shape, if that is known."""
     if nn.parameter.is_lazy(target):
         return None
     if target.is_meta:
         return "is on the meta device here and can't be filled; give it memory first (to_empty)"
-    if target.shape != tree.shape:
-        return f"has shape {tuple(tree.shape)} in the checkpoint and {tuple(target.shape)} in the object"
+    if target.is_nested:  # it has no shape to compare
+        return "is a nested tensor here and can't be filled in place; load() gives what was saved"
+    if shape is not None and target.shape != shape:
+        return f"has shape {tuple(shape)} in the checkpoint and {tuple(target.shape)} in the object"
     return None
+
+
+def _pickled_misfit(target: torch.Tensor, value: Any) -> str | None:
+    if not isinstance(value, torch.Tensor):
+        return _NO_TENSOR
+    if value.is_meta:
+        return _META
+    problem = _misfit(target, None if value.is_nested else value.shape)
+    if problem or nn.parameter.is_lazy(target) or _kind(target) == _kind(value):
+        return problem
+    return f"is a {_words(value)} in the checkpoint and a {_words(target)} in the object"
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What has to be the same of two tensors for one to be copied into the other. A class that takes torch's calls
+    itself, and has memory of its own making, copies what is of its kind; any other is numbers in memory."""
+    has_own = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    dtype = tensor.dtype if has_own or tensor.is_quantized else None  # else it may be cast
+    return type(tensor) if has_own else None, tensor.layout, tensor.is_nested, dtype
+
+
+def _words(tensor: torch.Tensor) -> str:
+    return f"{'nested ' if tensor.is_nested else ''}{type(tensor).__qualname__} ({tensor.layout}, {tensor.dtype})"
 
 
 # What a module may have of its own to make its state, or to take one.

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, methodcaller
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -62,15 +62,33 @@ def _clean(key: str, prefixes: Mapping[str, str]) -> str:
     return prefixes[key[:end]] + key[end:]
 
 
-def parameter_names(objects: Iterable[tuple[str, nn.Module]]) -> dict[int, str]:
+class ParameterNames(dict[int, str]):
     """The first name of every parameter of named modules, such as "model.layers.0.weight", by its id."""
-    names: dict[int, str] = {}
-    for entry, module in objects:
-        for _, clean, part in modules(module):
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    names.setdefault(id(parameter), f"{entry}.{clean}{name}")
-    return names
+
+    def __init__(self, found: list[tuple[str, nn.Module]]) -> None:
+        super().__init__()
+        self._found = found
+        for one, name in self._walk():
+            self.setdefault(one, name)
+
+    def every(self) -> dict[int, list[str]]:
+        """All names of every parameter, by its id: one that several modules share has several."""
+        names: dict[int, list[str]] = {}
+        for one, name in self._walk():
+            names.setdefault(one, []).append(name)
+        return names
+
+    def _walk(self) -> Iterator[tuple[int, str]]:
+        for entry, module in self._found:
+            for _, clean, part in modules(module):
+                for name, parameter in part._parameters.items():
+                    if parameter is not None:
+                        yield id(parameter), f"{entry}.{clean}{name}"
+
+
+def parameter_names(objects: Iterable[tuple[str, nn.Module]]) -> ParameterNames:
+    """The names of the parameters of named modules."""
+    return ParameterNames(list(objects))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,16 +222,30 @@ def pair(wanted: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
     prefixes of wrappers, as in a plain state dict that was saved with them."""
     wanted, stored = list(wanted), set(stored)
     found = {name: name for name in wanted if name in stored}
-    lacking = _by_unwrapped(name for name in wanted if name not in found)
-    free = _by_unwrapped(stored - found.keys())
-    for bare, names in lacking.items():
-        if len(names) == 1 and len(free.get(bare, ())) == 1:
-            found[names[0]] = free[bare][0]
+    lacking = {name: [unwrapped(name)] for name in wanted if name not in found}
+    return found | one_to_one(lacking, {name: [unwrapped(name)] for name in stored - found.keys()})
+
+
+One = TypeVar("One", bound=Hashable)
+Other = TypeVar("Other", bound=Hashable)
+
+
+def one_to_one(ones: Mapping[One, Iterable[str]], others: Mapping[Other, Iterable[str]]) -> dict[One, Other]:
+    """Which of the ones is which of the others, by their names: those that have a name in common that
+    nothing else has."""
+    here, there = _by_name(ones), _by_name(others)
+    found: dict[One, Other] = {}
+    taken: set[Other] = set()
+    for name, some in here.items():
+        if len(some) == len(there.get(name, ())) == 1 and some[0] not in found and there[name][0] not in taken:
+            found[some[0]] = there[name][0]
+            taken.add(there[name][0])
     return found
 
 
-def _by_unwrapped(names: Iterable[str]) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = {}
-    for name in names:
-        grouped.setdefault(unwrapped(name), []).append(name)
+def _by_name(named: Mapping[One, Iterable[str]]) -> dict[str, list[One]]:
+    grouped: dict[str, list[One]] = {}
+    for one, names in named.items():
+        for name in dict.fromkeys(names):
+            grouped.setdefault(name, []).append(one)
     return grouped

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -12,8 +12,9 @@ from .capturing import named_modules
 from .codec import decode
 from .differences import Differences
 from .filling import LOADER, Fitting, Source
-from .fitting import fit, is_target
+from .fitting import fit, refuse_unfillable
 from .in_place import InPlace
+from .models import compare_pickled, leave_pickled
 from .names import parameter_names
 from .plain_tags import is_unsaved
 from .ranks import refuse_marks_within, unmarked
@@ -25,7 +26,12 @@ Objects: TypeAlias = Callable[[], Mapping[str, Any]]
 
 
 def match(
-    targets: Mapping[str, Any], stored: StoredState, *, strict: bool = True, skip: Collection[str] = ()
+    targets: Mapping[str, Any],
+    stored: StoredState,
+    *,
+    strict: bool = True,
+    skip: Collection[str] = (),
+    objects: Objects | None = None,
 ) -> RestorePlan:
     """Compare the targets with a checkpoint; touches neither.
 
@@ -35,29 +41,35 @@ def match(
     but plain values becomes what it was.
 
     Raises `StateMismatchError` with every missing, unexpected and misshapen key of all targets; with
-    `strict=False` what fits goes into the plan and the rest into its reports. Raises
+    `strict=False` what fits goes into the plan and the rest into its reports. With `objects`, as for
+    `apply`, what was pickled for a tensor is loaded and compared too; else `apply` does it. Raises
     `ConfigError` for a target that can't be filled and for unknown names in `skip`.
     """
     if unknown := [name for name in skip if name not in targets and name not in stored.entries and name != "rng"]:
         raise ConfigError(f"skip: no entry {', '.join(map(repr, unknown))}; there are {', '.join(stored.entries)}, rng")
-    claimed = {name: target for name, target in unmarked(targets).items() if name not in skip}
-    for name, target in claimed.items():
-        refuse_marks_within(name, target)
-        if not is_target(target):
-            raise ConfigError(
-                f"{name} is a {type(target).__qualname__}, which can't be filled in place; leave it out and take it "
-                "from the values that come back"
-            )
+    claimed = fillable(targets, skip)
     differences = Differences(list(stored.entries), list(claimed))
-    fitting = Fitting(parameter_names(named_modules(claimed)), differences)
+    fitting = Fitting(parameter_names(named_modules(claimed)), differences, stored.entries)
     for name, target in claimed.items():
         if name in stored.entries:
             fit(fitting, name, target, stored.entries[name], stored.notes.get(name, {}))
         else:
             differences.no_entry(name)
+    if objects is not None and fitting.pickled:
+        compare_pickled(fitting, _trusted([one.key for one in fitting.pickled], objects))
     if strict and differences:
         raise StateMismatchError(differences.text())
-    return RestorePlan(fitting)
+    return RestorePlan(fitting, strict)
+
+
+def fillable(targets: Mapping[str, Any], skip: Collection[str] = ()) -> dict[str, Any]:
+    """The targets that are not in `skip`, without their marks. Raises `ConfigError` for one that no checkpoint could
+    fill, so that this is known before there is one."""
+    claimed = {name: target for name, target in unmarked(targets).items() if name not in skip}
+    for name, target in claimed.items():
+        refuse_marks_within(name, target)
+        refuse_unfillable(name, target)
+    return claimed
 
 
 class RestorePlan:
@@ -65,16 +77,22 @@ class RestorePlan:
     "entry.key" (values that could not be saved are missing even when strict); `casts` the
     tensors that change their dtype on the way."""
 
-    def __init__(self, fitting: Fitting) -> None:
+    def __init__(self, fitting: Fitting, strict: bool) -> None:
         fitting.in_place.settle()
-        self._fitting = fitting
+        self._fitting, self._strict = fitting, strict
         self._needs = fitting.needs()
         differences = fitting.differences
         differences.unsaved += self._needs.unsaved
         self.missing = differences.names("missing")
         self.unexpected = differences.names("unexpected")
-        self.mismatched = differences.names("mismatched")
-        self.casts = tuple(differences.casts)
+
+    @property
+    def mismatched(self) -> tuple[str, ...]:
+        return self._fitting.differences.names("mismatched")
+
+    @property
+    def casts(self) -> tuple[str, ...]:
+        return tuple(self._fitting.differences.casts)
 
     def apply(self, fetch: Fetch, objects: Objects | None = None, map_location: str | torch.device = "cpu") -> None:
         """Read the tensors, straight into the targets' memory where that can be, and fill the
@@ -83,16 +101,23 @@ class RestorePlan:
         `fetch` is `StoredState.fetch`; `objects` is `StoredState.objects`, or None when the
         checkpoint is not trusted. `map_location` is where tensors go that are plain values of a
         container. Raises `StateMismatchError` before anything is touched when pickled values are
-        needed but not trusted, or a class that is not imported, or naming the entry when a
+        needed but not trusted or do not fit, or a class that is not imported, or naming the entry when a
         `load_state_dict()` fails; `DamagedError` when reading finds damage, with targets possibly half filled.
         """
-        pickled = _trusted(self._needs, objects)
+        fitting = self._fitting
+        if objects is None and not self._strict and fitting.pickled:
+            leave_pickled(fitting)
+            self._needs = fitting.needs()
+        pickled = _trusted(self._needs.objects, objects)
+        compare_pickled(fitting, pickled)
+        if self._strict and fitting.differences:
+            raise StateMismatchError(fitting.differences.text())
         for tree, path in self._needs.foreign:  # to see now whether it can be; nothing has been touched
             decode(tree, tensor=lambda leaf: leaf, objects=pickled.__getitem__, path=path)
-        in_place = self._fitting.in_place
+        in_place = fitting.in_place
         wanted = {**self._needs.tensors, **in_place.targets}
         source = Source(fetch(wanted, addresses=in_place.addresses), in_place, pickled, map_location)
-        for filling in sorted(self._fitting.fillings, key=lambda one: one.order):
+        for filling in sorted(fitting.fillings, key=lambda one: one.order):
             try:
                 with torch.no_grad():
                     filling.fill(source)
@@ -113,6 +138,12 @@ def unclaimed(stored: StoredState, targets: Collection[str]) -> list[str]:
     return [name for name in stored.entries if name not in targets]
 
 
+def of_objects(stored: StoredState, names: Iterable[str]) -> list[str]:
+    """Those of the entries that hold the state of an object, or of several."""
+    notes = {name: stored.notes.get(name) for name in names}
+    return [name for name, note in notes.items() if isinstance(note, dict) and ("class" in note or "parts" in note)]
+
+
 def materialize(
     stored: StoredState,
     names: Iterable[str],
@@ -129,21 +160,22 @@ def materialize(
     trees = {name: stored.entries[name] for name in names}
     for name, tree in trees.items():
         needs.add(tree, name)
-    pickled = _trusted(needs, objects)
+    pickled = _trusted(needs.objects, objects)
     source = Source(fetch(dict.fromkeys(needs.tensors), device), InPlace(), pickled, device)
     return {name: source.decode(tree, name) for name, tree in trees.items() if not is_unsaved(tree)}
 
 
-def _trusted(needs: Needs, objects: Objects | None) -> Mapping[str, Any]:
-    if not needs.objects:
+def _trusted(needed: Sequence[str], objects: Objects | None) -> Mapping[str, Any]:
+    """What was pickled, of which these paths are needed."""
+    if not needed:
         return {}
     if objects is None:
         raise StateMismatchError(
-            f"these values were pickled, and loading them runs code from the checkpoint: {', '.join(needs.objects)}. "
+            f"these values were pickled, and loading them runs code from the checkpoint: {', '.join(needed)}. "
             "Pass trust_pickle=True if you trust where it comes from, "
             "or leave their entries out with skip=[...] or only=[...]"
         )
     values = objects()
-    if lost := [path for path in needs.objects if path not in values]:
+    if lost := [path for path in needed if path not in values]:
         raise DamagedError(f"the checkpoint's pickled objects lack {', '.join(lost)}")
     return values
