@@ -24,6 +24,7 @@ _LOOKS = 20  # at a root whose folders come and go
 
 _log = logging.getLogger("ckptmgr.repository")
 
+
 class Listing:
     """The checkpoints in `folders`, with their pins and with the marks of damage, by folder and nonce.
 

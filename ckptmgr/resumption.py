@@ -224,9 +224,9 @@ class Reader:
         stored = opened.stored
         claimed = {name: target for name, target in targets.items() if name not in lost}
         kept = [name for name in skip if name not in lost]
-        plan = self._together("match", lambda: match(claimed, stored, strict=strict, skip=kept))
-        rest = [name for name in unclaimed(stored, targets) if name not in skip]
         objects = stored.objects if self._trust_pickle else None
+        plan = self._together("match", lambda: match(claimed, stored, strict=strict, skip=kept, objects=objects))
+        rest = [name for name in unclaimed(stored, targets) if name not in skip]
         # Values first: should they be damaged or need trust, no target has been touched.
         values = self._together(
             "read values", lambda: materialize(stored, rest, stored.fetch, objects=objects, device=map_location)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptmgr import CheckpointManager, ConfigError, FencedError, SaveFailedError, StoreError
+from ckptmgr import CheckpointManager, ConfigError, FencedError, SaveFailedError, StateMismatchError, StoreError
 from ckptmgr.testing import MemoryStore
 
 
@@ -113,6 +113,15 @@ def test_objects_come_back_under_one_name_each(open_manager: Callable[..., Check
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="two objects as model"):
         open_manager().resume(model, model=torch.nn.Linear(2, 2))
+
+
+def test_a_lazy_module_on_meta_is_refused_like_any_other_on_meta(
+    open_manager: Callable[..., CheckpointManager],
+) -> None:
+    with open_manager() as manager:
+        manager.save({"model": torch.nn.Linear(2, 3)}, 1)
+    with pytest.raises(StateMismatchError, match="on the meta device"):
+        open_manager().resume(torch.nn.LazyLinear(3, device="meta"))
 
 
 # Failures

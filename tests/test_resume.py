@@ -759,3 +759,23 @@ def test_a_model_with_a_tensor_of_another_class_resumes_whole_when_trusted_and_s
     assert torch.equal(label, then)
     assert torch.equal(model.layer.weight, saved.layer.weight)
     assert torch.equal(own.to_dense(), sparse.to_dense())
+
+
+@pytest.mark.filterwarnings("ignore::ckptmgr.state.pickled.PickleWarning")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_pickled_tensor_that_does_not_fit_on_one_rank_fails_on_all_with_what_else_does_not_fit(rank: int) -> None:
+    store, config = MemoryStore(), load_config("memory", trust_pickle=True, read="all")
+    with manager(store) as mgr:
+        mgr.save({"model": Labelled(1.0), "x": torch.ones(1)}, 1)
+    models = [Labelled(0.0, 4 if one == rank else 3) for one in range(3)]
+    before = list(map(snapshots, models))
+
+    def start(ranks: ThreadRanks) -> Any:
+        run = Run(store, config, takeover=False, read_only=True)
+        targets = {"model": models[ranks.rank], "x": torch.zeros(2 if ranks.rank == rank else 1)}
+        return Restart(run, config, ranks, read_only=True, fresh=False).resume(targets, None, True, (), "cpu")
+
+    results = ThreadRanks.run(3, start)
+    assert {type(result) for result in results} == {StateMismatchError}
+    assert all("model.label has shape" in str(result) and "x has shape" in str(result) for result in results)
+    assert all(map(same, map(snapshots, models), before))

@@ -118,10 +118,10 @@ _META = "was on the meta device when it was saved, and has no values"
 
 def _misfit(target: torch.Tensor, shape: tuple[int, ...] | None) -> str | None:
     """Why a tensor can't be filled with one of this shape, if that is known."""
+    if target.is_meta:  # a lazy one may be, too
+        return "is on the meta device here and can't be filled; give it memory first (to_empty)"
     if nn.parameter.is_lazy(target):
         return None
-    if target.is_meta:
-        return "is on the meta device here and can't be filled; give it memory first (to_empty)"
     if target.is_nested:  # it has no shape to compare
         return "is a nested tensor here and can't be filled in place; load() gives what was saved"
     if shape is not None and target.shape != shape:
