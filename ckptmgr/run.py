@@ -153,7 +153,8 @@ class Run:
             raise ConfigError(f"the manager of {self.url} was opened with read_only=True and does not write")
         if self._lock is None:
             store = self.repository.store
-            _ = self.repository.renames  # which may not be possible
+            if self._config.commit == "rename":
+                _ = self.repository.renames  # which may not be possible
             floor = last_writer(store)
             if not floor:
                 infos = self.repository.infos()
