@@ -15,7 +15,7 @@ from functools import cache
 from .errors import DamagedError, FormatVersionError, NotFoundError, StoreError
 from .folder_names import NameTemplate, guessed_step
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, CheckpointInfo, Manifest, Pin
-from .records import Records, each, is_no_file, is_refused
+from .records import Records, begin_of, each, is_no_file, is_refused
 from .store import Store
 
 _DATA = re.compile(r"(?:(?P<nonce>[0-9a-f]{16})/)?state\.json")  # which every format has
@@ -152,14 +152,7 @@ class Listing:
 
     def _is_ours(self, key: str) -> bool:
         """Whether what has the name of our data is that: other people have files of this name, too."""
-        try:
-            return _OURS.match(self._store.get(key, 0, 100)) is not None
-        except NotFoundError:
-            return False
-        except StoreError as exc:
-            if not is_refused(self._store, exc):
-                raise
-            return False
+        return _OURS.match(begin_of(self._store, key, 100) or b"") is not None
 
     def _honest(self, info: CheckpointInfo) -> CheckpointInfo:
         """The checkpoint, but without a manifest that is another's."""

@@ -240,6 +240,18 @@ def each(store: Store, look: Callable[[_In], _Out], things: Sequence[_In]) -> li
         return list(pool.map(look, things))
 
 
+def begin_of(store: Store, key: str, count: int) -> bytes | None:
+    """The first bytes of an object that may be anybody's, or None where none is, or this machine refuses it."""
+    try:
+        return store.get(key, 0, count)
+    except NotFoundError:
+        return None
+    except StoreError as exc:
+        if not is_refused(store, exc):
+            raise
+        return None
+
+
 def is_refused(store: Store, error: StoreError) -> bool:
     """Whether this machine refuses one file for good. A network's error never says that."""
     return store.path is not None and error.errno in _REFUSED

@@ -30,7 +30,7 @@ from .listing import Listing, current, read_checkpoint
 from .lock import last_writer
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, CheckpointInfo, Pin
 from .pins import Pins, check_free
-from .records import FOLDER, Aside, Records, each, is_refused, new_nonce
+from .records import FOLDER, Aside, Records, begin_of, each, is_refused, new_nonce
 from .source import Problem, Source
 from .store import Store, Writer
 from .sweep import Sweep
@@ -108,14 +108,7 @@ class Repository:
 
     def is_itself_one(self) -> bool:
         """Whether this is no root but the folder of a checkpoint. Other people have files of that name, too."""
-        try:
-            data = self.store.get(MANIFEST_NAME, 0, MAX_MANIFEST_SIZE)
-        except NotFoundError:
-            return False
-        except StoreError as exc:
-            if not is_refused(self.store, exc):
-                raise
-            return False
+        data = begin_of(self.store, MANIFEST_NAME, MAX_MANIFEST_SIZE) or b""
         return b'"format_version"' in data and b'"nonce"' in data
 
     def find(self, which: int | str, infos: Sequence[CheckpointInfo] | None = None) -> CheckpointInfo:
@@ -145,14 +138,8 @@ class Repository:
 
     def pointer(self) -> str | None:
         """What the pointer says: a hint, to be believed only together with its manifest."""
-        try:
-            return self.store.get(self._pointer, 0, 1024).decode("utf-8", "replace").strip()
-        except NotFoundError:
-            return None
-        except StoreError as exc:
-            if not is_refused(self.store, exc):
-                raise
-            return None
+        data = begin_of(self.store, self._pointer, 1024)
+        return None if data is None else data.decode("utf-8", "replace").strip()
 
     def open(self, info: CheckpointInfo, level: str = "fast") -> Source:
         """A checkpoint's files for reading. Raises `DamagedError` when a size is wrong already."""
