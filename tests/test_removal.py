@@ -112,6 +112,24 @@ def test_a_save_without_room_gets_what_is_held_back(tmp_path: Path) -> None:
     assert not wait_for_space()
 
 
+def test_a_save_without_room_tries_again_however_fast_the_space_became_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = threading.Thread.start
+
+    def start(self: threading.Thread) -> None:
+        begin(self)
+        self.join()
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    store = LocalStore(tmp_path)
+    store.put("run/large", LARGE)
+    with names_first():
+        store.delete(["run/large"])
+        assert wait_for_space()
+        assert not wait_for_space()
+
+
 @lists_files
 def test_space_is_free_again_without_a_thread_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(self: threading.Thread) -> None:

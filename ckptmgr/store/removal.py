@@ -88,21 +88,21 @@ def names_first() -> Iterator[None]:
 
 def wait_for_space() -> bool:
     """Block until the space of what was removed is free; whether there was any to wait for."""
-    _begin()
+    has_begun = _begin()  # and may have ended before the next line
     threads = list(_freeing)
     for thread in threads:
         thread.join()
-    return bool(threads)
+    return has_begun or bool(threads)
 
 
-def _begin() -> None:
-    """Free what waits, in a thread. Several threads may call this."""
+def _begin() -> bool:
+    """Free what waits, in a thread; whether there was any. Several threads may call this."""
     fds = []
     with suppress(IndexError):
         while True:
             fds.append(_waiting.pop())
     if not fds:
-        return
+        return False
     thread = threading.Thread(target=_free, args=(fds,), name="ckptmgr-free", daemon=True)
     _freeing.add(thread)
     try:
@@ -110,6 +110,7 @@ def _begin() -> None:
     except RuntimeError:  # no more threads to be had
         _freeing.discard(thread)
         _close(fds)
+    return True
 
 
 def _free(fds: list[int]) -> None:
