@@ -99,12 +99,12 @@ class Committer:
     def commit(self, draft: Draft, about: Manifest, request: Request) -> CheckpointInfo:
         """Make the draft a checkpoint. Raises `FencedError` also when another writer took over while it became one."""
         repository = self._run.repository
-        begin_to_point = partial(repository.begin_to_point, draft.name)
+        point = partial(repository.pointer.begin, draft.name)
         try:
-            info = draft.commit(about, self._verify, self._run.check, pin=request.pin, beside=begin_to_point)
+            info = draft.commit(about, self._verify, self._run.check, pin=request.pin, beside=point)
             self._run.check_quietly()  # it is there, whatever the store says now
         except BaseException:
-            repository.forget_pointing()
+            repository.pointer.forget()
             raise
         return info
 

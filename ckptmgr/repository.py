@@ -17,7 +17,6 @@ import operator
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import islice
@@ -30,9 +29,10 @@ from .listing import Listing, current, read_checkpoint
 from .lock import last_writer
 from .manifest import MANIFEST_NAME, MAX_MANIFEST_SIZE, CheckpointInfo, Pin
 from .pins import Pins, check_free
+from .pointer import Pointer
 from .records import FOLDER, Aside, Records, begin_of, each, is_refused, new_nonce
 from .source import Problem, Source
-from .store import Store, Writer
+from .store import Store
 from .sweep import Sweep
 from .trash import Trash
 from .untrusted import FOLDER_NAME
@@ -57,8 +57,7 @@ class Repository:
         self._records, self._pins, self._fences = Records(store), Pins(store), Fences(store)
         self._trash = Trash(store, self._records, self._pins, self._templates)
         self._sweep = Sweep(store, self._records, self._pins, self._trash, self._fences, self._can_spare)
-        self._pointer = pointer
-        self._pointing: tuple[str, Writer] | None = None  # what `point` is going to say, begun
+        self.pointer = Pointer(store, pointer)
         self._commit = commit
 
     @property
@@ -89,7 +88,7 @@ class Repository:
         folders = self.store.folders()
         del folders[bisect_left(folders, ".") : bisect_left(folders, "/")]  # those that begin with a dot
         if self.store.path is None:  # a listing may lag behind, and what it lacks is the newest
-            named = self.pointer()
+            named = self.pointer.read()
             if named and named not in folders and re.fullmatch(FOLDER_NAME, named):
                 folders.append(named)
         pins, marks = self.records() if folders else ([], {})
@@ -135,11 +134,6 @@ class Repository:
             # Of equal steps a sound one before a damaged one, then the newer attempt's.
             return sorted((info for info in infos if info.step == step), key=lambda info: info.damaged is not None)
         return [info for info in infos if info.name == which] or [info for info in infos if which in info.tags]
-
-    def pointer(self) -> str | None:
-        """What the pointer says: a hint, to be believed only together with its manifest."""
-        data = begin_of(self.store, self._pointer, 1024)
-        return None if data is None else data.decode("utf-8", "replace").strip()
 
     def open(self, info: CheckpointInfo, level: str = "fast") -> Source:
         """A checkpoint's files for reading. Raises `DamagedError` when a size is wrong already."""
@@ -201,35 +195,6 @@ class Repository:
             if not is_refused(self.store, exc):  # else something is there that is no file
                 raise
         return True
-
-    def begin_to_point(self, name: str) -> None:
-        """On a disk, have what `point(name)` is going to write on its way there: it then takes half the time."""
-        self.forget_pointing()
-        if self.store.path is not None:
-            data = _pointing_at(name)
-            with suppress(StoreError):  # `point` will meet it, too
-                self._pointing = name, self.store.writer(self._pointer, len(data))
-                self._pointing[1].write(data)
-
-    def forget_pointing(self) -> None:
-        """Give up what was begun, if anything was. Never raises."""
-        if self._pointing is not None:
-            self._pointing[1].abort()
-            self._pointing = None
-
-    def point(self, name: str | None) -> None:
-        """Move the pointer: a hint, so its failure is a warning."""
-        try:
-            if name is None:
-                self.store.delete([self._pointer])
-            elif self._pointing is not None and self._pointing[0] == name:
-                self._pointing[1].commit()
-            else:
-                self.store.put(self._pointer, _pointing_at(name))
-        except StoreError as exc:
-            _log.warning("pointer.put.failed key=%s name=%s cause=%s", self._pointer, name, exc)
-        finally:
-            self.forget_pointing()
 
     # How one goes
 
@@ -382,10 +347,6 @@ def _passed(check: Callable[[], None]) -> Callable[[], bool]:
         return True
 
     return passed
-
-
-def _pointing_at(name: str) -> bytes:
-    return f"{name}\n".encode()
 
 
 def _as_step(which: int | str) -> int | None:

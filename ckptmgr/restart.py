@@ -164,7 +164,7 @@ class Restart:
     def _warn_if_newer_is_gone(self, found: CheckpointInfo | None) -> None:
         """Say so when the pointer names a checkpoint that somebody deleted: nothing else would tell of it."""
         repository = self._run.repository
-        named = repository.pointer()
+        named = repository.pointer.read()
         if not named or not re.fullmatch(FOLDER_NAME, named) or (found is not None and found.name == named):
             return
         with suppress(CheckpointError):  # the pointer is a hint, and what can't be read is there

@@ -214,7 +214,7 @@ class Run:
         infos = self.repository.infos()
         self._archive(infos)
         if infos:
-            self.repository.point(None)
+            self.repository.pointer.move(None)
         else:
             self._check_root()
         self._begin_new(info for info in infos if info.manifest is None)
@@ -232,7 +232,7 @@ class Run:
         newer = [other for other in above if other.damaged is None and other.name not in damaged]
         self._archive(newer)
         if newer:
-            self.repository.point(info.name)
+            self.repository.pointer.move(info.name)
         self._ledger.forget()
         if self._ledger.can_let_go:
             gone = {other.name for other in newer}
@@ -279,11 +279,11 @@ class Run:
             cause = exc if isinstance(exc, CheckpointError) else repr(exc)
             _log.warning("retention.failed step=%d url=%s cause=%s", info.step, self.url, cause)
         finally:
-            self.repository.forget_pointing()
+            self.repository.pointer.forget()
 
     def _make_way(self, info: CheckpointInfo, *, replaces: bool) -> None:
         self.repository.expel()
-        self.repository.point(info.name)
+        self.repository.pointer.move(info.name)
         if replaces:
             now = datetime.now(UTC)
             for old in self.known():
@@ -348,9 +348,9 @@ class Run:
         except BaseException:
             self._ledger.forget()  # who knows how far it came
             raise
-        if self.repository.pointer() in {info.name for info in gone}:
+        if self.repository.pointer.read() in {info.name for info in gone}:
             newest = next((other for other in self.newest_first() if other.damaged is None), None)
-            self.repository.point(None if newest is None else newest.name)
+            self.repository.pointer.move(None if newest is None else newest.name)
         return gone
 
     def _may_go(self, info: CheckpointInfo) -> bool:
@@ -393,7 +393,7 @@ class Run:
             raise
 
     def release(self) -> None:
-        self.repository.forget_pointing()
+        self.repository.pointer.forget()
         if self._lock is not None:
             self._lock.release()
             self._lock = None

@@ -27,6 +27,7 @@ from ckptmgr.config import CheckpointConfig
 from ckptmgr.formats import open_format
 from ckptmgr.lock import acquire
 from ckptmgr.manifest import CheckpointInfo, FileEntry, Manifest, digest
+from ckptmgr.pointer import Pointer
 from ckptmgr.repository import Repository
 from ckptmgr.run import Run
 from ckptmgr.state.snapshot import Snapshot
@@ -45,7 +46,7 @@ def commit(repository: Repository, step: int, **fields: Any) -> CheckpointInfo:
     with draft.create("data.bin") as file:
         file.write(b"x" * step)
     info = draft.commit(about(step, **fields))
-    repository.point(info.name)
+    repository.pointer.move(info.name)
     return info
 
 
@@ -163,7 +164,7 @@ def test_ls_shows_a_checkpoint_whose_manifest_cannot_be_read_as_damaged(reposito
 
 
 def test_ls_says_when_the_pointer_names_nothing(repository: Repository, url: str) -> None:
-    repository.point("step-00000999")
+    repository.pointer.move("step-00000999")
     result = CliRunner().invoke(main, ["ls", url])
     assert (result.exit_code, result.stderr) == (
         OK,
@@ -449,7 +450,7 @@ def test_rm_deletes_what_it_is_told_and_moves_the_pointer(repository: Repository
         "freed": 400,
     }
     assert steps(url) == [200]
-    assert repository.pointer() == "step-00000200"
+    assert repository.pointer.read() == "step-00000200"
 
 
 def test_rm_deletes_nothing_when_one_of_its_steps_must_stay(repository: Repository, url: str) -> None:
@@ -689,10 +690,10 @@ def test_every_error_is_one_message_and_an_exit_code(repository: Repository, url
 
 
 def test_a_fault_of_our_own_is_not_taken_for_damage(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Repository) -> None:
+    def broken(self: Pointer) -> None:
         raise RuntimeError("surprise")
 
-    monkeypatch.setattr(Repository, "pointer", broken)
+    monkeypatch.setattr(Pointer, "read", broken)
     assert "RuntimeError('surprise')" in call("ls", url, expect=FAULT).stderr
 
 
@@ -948,7 +949,7 @@ def test_prune_refuses_a_metric_that_no_checkpoint_has(repository: Repository, u
 
 def test_ls_marks_what_latest_prints(repository: Repository, url: str) -> None:
     repository.mark_damaged(repository.find(300), "torn")
-    assert repository.pointer() == "step-00000300"
+    assert repository.pointer.read() == "step-00000300"
     marked = [line for line in lines(call("ls", url)) if line.endswith("<- latest")]
     assert [line.split()[-3] for line in marked] == ["step-00000200"]
     listed = answer("ls", url)

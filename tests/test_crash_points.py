@@ -26,7 +26,7 @@ def save(repository: Repository, step: int, attempt: int = 1, *, pin: bool = Fal
             file.write(b"%s of %d" % (name.encode(), step))
     about = Manifest(step=step, run="run", attempt=attempt, nonce="", time=NOW, format="raw", files=())
     info = draft.commit(about, pin=pin)
-    repository.point(info.name)
+    repository.pointer.move(info.name)
 
 
 def scenario(repository: Repository, committed: Callable[[int], None]) -> None:
@@ -82,7 +82,7 @@ def check(store: Store, newest: int | None) -> None:
     assert left <= {"pins", "damaged", "archive"}
     save(repository, 100, attempt=9)
     assert repository.infos()[0].step == 100
-    assert repository.pointer() == repository.infos()[0].name
+    assert repository.pointer.read() == repository.infos()[0].name
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -41,6 +41,7 @@ LAYERS = [
         "lock",
         "owner",
         "pins",
+        "pointer",
         "ranged",
         "records",
         "repository",

@@ -134,26 +134,26 @@ def test_all_that_a_small_save_writes_is_on_its_way_to_the_disk_before_any_of_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository = Repository(LocalStore(tmp_path / "root"))
-    repository.point(commit(repository, 1).name)
+    repository.pointer.move(commit(repository, 1).name)
     log: list[str] = []
     for call in ("posix_fadvise", "fsync"):
         real = getattr(os, call)
         monkeypatch.setattr(os, call, lambda *args, call=call, real=real: (log.append(call), real(*args)))
     draft = repository.begin(2, None, "run")
     draft.write({"a.bin": _Body(b"a"), "b.bin": _Body(b"b")})
-    draft.commit(about(2), beside=partial(repository.begin_to_point, draft.name))
-    repository.point(draft.name)
+    draft.commit(about(2), beside=partial(repository.pointer.begin, draft.name))
+    repository.pointer.move(draft.name)
     begun, *waits = [call for call, _ in itertools.groupby(log)]
     assert (begun, waits) == ("posix_fadvise", ["fsync"])
     assert log.count("posix_fadvise") == 4  # two files, the manifest and the pointer
-    assert repository.pointer() == draft.name
+    assert repository.pointer.read() == draft.name
 
 
 def test_a_pointer_that_was_begun_is_given_up_for_another(tmp_path: Path) -> None:
     repository = Repository(LocalStore(tmp_path / "root"))
-    repository.begin_to_point("step-00000003")
-    repository.point("step-00000001")
-    assert repository.pointer() == "step-00000001"
+    repository.pointer.begin("step-00000003")
+    repository.pointer.move("step-00000001")
+    assert repository.pointer.read() == "step-00000001"
     assert [path.name for path in (tmp_path / "root").iterdir()] == ["latest"]
 
 
@@ -643,11 +643,11 @@ def test_an_unreadable_one_is_left_where_it_is_by_archive(repository: Repository
 
 
 def test_the_pointer_names_a_folder(repository: Repository) -> None:
-    assert repository.pointer() is None
-    repository.point("step-00000003")
-    assert repository.pointer() == "step-00000003"
-    repository.point(None)
-    assert repository.pointer() is None
+    assert repository.pointer.read() is None
+    repository.pointer.move("step-00000003")
+    assert repository.pointer.read() == "step-00000003"
+    repository.pointer.move(None)
+    assert repository.pointer.read() is None
 
 
 def test_pins_carry_tags_and_end(repository: Repository) -> None:

@@ -36,7 +36,7 @@ _COLUMNS = ("step", "epoch", "age", "size", "metrics", "state", "verified", "tag
 @root_command
 def ls(root: Root, as_json: bool) -> None:
     """List the checkpoints under URL, newest first."""
-    infos, pointer, times = root.infos(), root.repository.pointer(), Records(root.store).verified()
+    infos, pointer, times = root.infos(), root.repository.pointer.read(), Records(root.store).verified()
     newest = _newest(infos)
     total, damaged = sum(map(size_of, infos)), sum(state_of(info) == "damaged" for info in infos)
     if as_json:

@@ -74,7 +74,7 @@ def data_deleted_before_manifest() -> Planted:
 def pointer_believed() -> Planted:
     def believe(self: Run, listing: Any = None) -> Iterator[Any]:
         infos = self.infos(listing)
-        name = self.repository.pointer()
+        name = self.repository.pointer.read()
         if name is not None and name not in {info.name for info in infos}:
             raise NotFoundError(name)
         return iter(sorted(infos, key=lambda info: info.name != name))

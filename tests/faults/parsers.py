@@ -84,7 +84,7 @@ def _record(key: str) -> Callable[[bytes], None]:
         Records(store).asides("trash")
         lease.claims(store)
         repository = Repository(store)
-        repository.pointer()
+        repository.pointer.read()
         repository.sweep()
         repository.infos()
 

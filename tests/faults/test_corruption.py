@@ -713,7 +713,7 @@ def _not_of_json(run: Any) -> bool:
 
 def _believing_the_pointer(run: Run, listing: Any = None) -> Iterator[Any]:
     infos = list(run._ours((listing or run.listing()).newest_first()))
-    yield from sorted(infos, key=lambda info: info.name != run.repository.pointer())
+    yield from sorted(infos, key=lambda info: info.name != run.repository.pointer.read())
 
 
 BUGS: dict[str, tuple[Any, str, Any]] = {

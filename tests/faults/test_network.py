@@ -20,6 +20,7 @@ from servers.patience import SkippedTime
 from ckptmgr import CheckpointManager
 from ckptmgr.errors import AlreadyExistsError, CheckpointError, DamagedError, NotFoundError, SaveFailedError, StoreError
 from ckptmgr.lease import Lease
+from ckptmgr.pointer import Pointer
 from ckptmgr.repository import Repository
 from ckptmgr.store import gcs as gcs_dialect
 from ckptmgr.store import multipart
@@ -470,5 +471,5 @@ def test_they_find_a_resume_that_believes_the_listing_alone(
     s3_proxy: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.CRITICAL)
-    monkeypatch.setattr(Repository, "pointer", lambda self: None)
+    monkeypatch.setattr(Pointer, "read", lambda self: None)
     assert violations_of_a_lagging_listing(Place(*s3_proxy)) != []

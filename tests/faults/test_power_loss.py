@@ -25,6 +25,7 @@ from faults.recorded_runs import (
 
 from ckptmgr.committing import Committer
 from ckptmgr.draft import Draft
+from ckptmgr.pointer import Pointer
 from ckptmgr.repository import Repository
 from ckptmgr.run import Run
 from ckptmgr.store import local
@@ -116,7 +117,7 @@ def no_fsync_after_the_rename(patch: pytest.MonkeyPatch) -> None:
 
     true_rename = LocalStore.rename
     patch.setattr(LocalStore, "rename", rename)
-    patch.setattr(Repository, "point", lambda self, name: None)
+    patch.setattr(Pointer, "move", lambda self, name: None)
 
 
 def no_fsync_of_the_draft(patch: pytest.MonkeyPatch) -> None:
@@ -160,11 +161,11 @@ def pointer_believed(patch: pytest.MonkeyPatch) -> None:
     """It is written before the commit, and whoever reads takes its word."""
 
     def commit(self: Committer, draft: Draft, *args: Any) -> Any:
-        self._run.repository.point(draft.name)
+        self._run.repository.pointer.move(draft.name)
         return true_commit(self, draft, *args)
 
     def newest_first(self: Run, listing: Any = None) -> Any:
-        return (info for info in all_newest_first(self, listing) if info.name == self.repository.pointer())
+        return (info for info in all_newest_first(self, listing) if info.name == self.repository.pointer.read())
 
     true_commit, all_newest_first = Committer.commit, Run.newest_first
     patch.setattr(Committer, "commit", commit)

@@ -161,7 +161,7 @@ class World:
         ]
         missing = {*self.saved[-2:]} - {*self.new.all_steps()}
         found += [f"steps {missing} of the second writer are gone"] if missing else []
-        found += [] if repository.pointer() == self.new.info("latest").name else ["the pointer names another one"]
+        found += [] if repository.pointer.read() == self.new.info("latest").name else ["the pointer names another one"]
         self.new.close()
         with manager(self.store, **self.options) as third:
             start = third.resume()
