@@ -116,6 +116,6 @@ class Catalog:
         self._run.repository.pin(self.info(step), tag, expires)
 
     def unpin(self, step: int | str, tag: str | None = None) -> int:
-        """Remove the pins that a step, folder or tag means, or of these the one with a tag, also where
-        the checkpoint itself is gone; answers how many there were."""
+        """Remove the pins that a step, folder or tag means (of a pin's own tag that one alone), or of these the one
+        with `tag`, also where the checkpoint itself is gone; answers how many there were."""
         return self._run.repository.unpin(self.info(step).name if step == "best" else step, tag)

@@ -298,15 +298,13 @@ class Repository:
         return self._pins.holds(info.name, nonce, since)
 
     def pins(self, which: int | str, tag: str | None = None) -> list[Pin]:
-        """The pins (only those with `tag`) that a step, folder name or tag means, also where the
-        checkpoint itself is gone."""
-        held = {pin for info in self.find_all(which) for pin in info.pins}
-        step = _as_step(which)
-        meant = [
-            pin
-            for pin in self._pins.read()
-            if pin in held or (which in (pin.name, pin.tag) if step is None else pin.step == step)
-        ]
+        """The pins (only those with `tag`) that a step, folder name or tag means, also where the checkpoint itself
+        is gone. A pin's own tag means that one alone."""
+        pins, step = self._pins.read(), _as_step(which)
+        meant = [pin for pin in pins if pin.tag == which]
+        if not meant:
+            held = {pin for info in self.find_all(which) for pin in info.pins}
+            meant = [pin for pin in pins if pin in held or (pin.name == which if step is None else pin.step == step)]
         return [pin for pin in meant if tag in (None, pin.tag)]
 
     def unpin(self, which: int | str, tag: str | None = None) -> int:

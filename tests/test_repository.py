@@ -716,6 +716,15 @@ def test_a_pin_left_over_from_a_checkpoint_removed_by_hand_holds_nothing_and_can
     assert not [key for key in keys(repository.store) if "/pins/" in key]
 
 
+def test_unpin_by_the_tag_of_a_pin_leaves_the_other_pins_of_that_checkpoint(repository: Repository) -> None:
+    info = commit(repository, 1)
+    for tag in (None, "paper", "talk"):
+        repository.pin(info, tag)
+    assert repository.unpin("paper") == 1
+    (listed,) = repository.infos()
+    assert [pin.tag for pin in listed.pins] == [None, "talk"]
+
+
 def test_unpin_by_a_tag_of_the_save_removes_the_pins_of_that_checkpoint(repository: Repository) -> None:
     draft = repository.begin(1, None, "run")
     info = draft.commit(about(1, tags=("release",)), pin=True)

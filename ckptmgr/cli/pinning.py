@@ -42,7 +42,7 @@ def pin(root: Root, step: str, tag: str | None, ttl: timedelta | None, as_json: 
 @click.argument("step")
 @click.option("--tag", help="Remove only the pin with this tag.")
 def unpin(root: Root, step: str, tag: str | None, as_json: bool) -> None:
-    """Remove a checkpoint's pins, or the one with a tag. The checkpoint itself may be gone."""
+    """Remove a checkpoint's pins, or the one with a tag (`unpin URL TAG` too). The checkpoint itself may be gone."""
     which = root.find(step).name if step == "best" else step
     pins = root.repository.pins(which, tag)
     if not pins:
