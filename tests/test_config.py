@@ -30,6 +30,7 @@ from ckptmgr.config import (
     config_schema,
     load_config,
 )
+from ckptmgr.config.elsewhere import ELSEWHERE
 from ckptmgr.errors import ConfigError
 from ckptmgr.folder_names import NameTemplate
 from ckptmgr.quantities import MAX_DURATION, format_duration, format_size, parse_duration, parse_size
@@ -273,6 +274,29 @@ def test_a_section_that_is_no_mapping_says_which_keys_it_takes(write: Any) -> No
 
 def test_an_unknown_key_that_resembles_none_lists_what_is_allowed() -> None:
     assert problems("x", verify={"zzz": 1}) == ["argument: verify.zzz: unknown key; allowed: on_save, on_resume, scrub"]
+
+
+@pytest.mark.parametrize(
+    ("given_", "meant"),
+    [
+        ({"every_steps": 5}, "every_steps: unknown key; did you mean save.every_steps or keep.every_steps?"),
+        ({"save": {"last": 5}}, "save.last: unknown key; did you mean keep.last?"),
+        ({"metric": "loss"}, "metric: unknown key; did you mean keep.best.metric?"),
+        ({"keep": {"fsync": True}}, "keep.fsync: unknown key; did you mean fsync?"),
+        ({"save_top_k": 3}, "save_top_k: unknown key; did you mean keep.best?"),
+        ({"keep": {"max_to_keep": 3}}, "keep.max_to_keep: unknown key; did you mean keep.last?"),
+    ],
+)
+def test_a_key_of_another_section_or_another_library_is_told_its_place(given_: dict[str, Any], meant: str) -> None:
+    assert problems("x", **given_) == [f"argument: {meant}"]
+
+
+def test_what_other_libraries_call_our_keys_are_no_keys_of_ours_and_lead_to_some() -> None:
+    for theirs, ours in ELSEWHERE.items():
+        section, _, key = ours.rpartition(".")
+        fields = (CheckpointConfig.model_fields[section].annotation if section else CheckpointConfig).model_fields
+        assert key in fields, ours
+        assert theirs not in CheckpointConfig.model_fields
 
 
 def test_a_list_of_bests_says_which_one_is_wrong() -> None:

@@ -1,6 +1,6 @@
 """Where does each setting come from? Layers of settings (a file, the environment, arguments), and which one to blame.
 
-Knows nothing of the schema but that it is a pydantic model.
+Knows nothing of the schema but that it is a pydantic model, and what others call its keys.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError
+from .elsewhere import ELSEWHERE
 
 ENVIRONMENT_PREFIX = "CKPTMGR_"
 
@@ -239,8 +240,7 @@ def problems_in(error: ValidationError, model: type[BaseModel], layers: Sequence
 
 def _text(key: Key, model: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
-        section = _model_at(model, key[:-1])
-        return f"unknown key; {_suggestion(str(key[-1]), list(section.model_fields) if section else [])}"
+        return f"unknown key; {_where(str(key[-1]), model) or _suggestion(str(key[-1]), _fields(model, key[:-1]))}"
     if detail["type"] == "missing":
         return "is required"
     section = _model_at(model, key)
@@ -256,6 +256,25 @@ def _text(key: Key, model: type[BaseModel], detail: Any) -> str:
 
 def _shown(key: Key, value: Any) -> str:
     return "(hidden)" if key and key[0] in (_HIDDEN, "options") else _SHORT.repr(value)
+
+
+def _where(word: str, model: type[BaseModel]) -> str | None:
+    """Where a setting of this name is to be found, when it is in another section or has another name there."""
+    known = dict.fromkeys(".".join(path) for path in _paths(model))
+    there = [path for path in known if path.rpartition(".")[2] == word] or [*filter(None, [ELSEWHERE.get(word)])]
+    return f"did you mean {' or '.join(there)}?" if there else None
+
+
+def _paths(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    for name, info in model.model_fields.items():
+        yield (name,)
+        for inner in _models(info.annotation):
+            yield from ((name, *path) for path in _paths(inner))
+
+
+def _fields(model: type[BaseModel], key: Key) -> list[str]:
+    section = _model_at(model, key)
+    return list(section.model_fields) if section else []
 
 
 def _suggestion(word: str, known: list[str]) -> str:
