@@ -168,12 +168,16 @@ def like(copy: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return copy.requires_grad_(tensor.requires_grad)
 
 
-def refuse_meta(tensor: torch.Tensor, path: Sequence[str]) -> None:
-    """Raises `StateMismatchError` naming the path when the tensor is on the meta device."""
+def refuse_hidden(tensor: torch.Tensor, path: Sequence[str]) -> None:
+    """Raises `StateMismatchError` naming the path when the tensor has no values, or none that can be read."""
     if tensor.is_meta:
         raise StateMismatchError(
             f"{'.'.join(path)} is on the meta device and has no values to save; "
             "materialize it first (`to_empty`, then load)"
+        )
+    if tensor.is_mkldnn:
+        raise StateMismatchError(
+            f"{'.'.join(path)} is an mkldnn tensor, whose memory only mkldnn can read; save its to_dense()"
         )
 
 

@@ -438,6 +438,23 @@ def test_lazy_and_nested_tensors_are_captured_from_scratch_each_time() -> None:
         assert len(set(map(id, shapes))) == 3
 
 
+def test_parameters_without_values_are_named_once_as_not_saved() -> None:
+    model, recorder = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")), Recorder()
+    with pytest.warns(PickleWarning, match=r"^model\.1\.weight, model\.1\.bias: on the meta device, .* NOT saved"):
+        recorder.capture({"model": model})
+    recorder.capture({"model": model})  # warnings are errors here
+    with pytest.warns(PickleWarning, match=r"^parts\.0\.0\.weight, .* and 1 more: "):
+        Recorder().capture({"parts": [nn.Sequential(*(nn.Linear(2, 2, device="meta") for _ in range(2)))]})
+
+
+def test_a_module_may_leave_parameters_without_values_out_of_its_state() -> None:
+    class Adapter(nn.Linear):
+        def state_dict(self, *args: Any, **how: Any) -> Any:
+            return {"scale": torch.ones(1)}
+
+    Recorder().capture({"model": Adapter(2, 2, device="meta")})
+
+
 def test_ties_are_found_and_lost_with_tensors_that_have_no_address() -> None:
     recorder, empty = Recorder(), torch.ones(0)
     objects = holds(empty, empty, torch.ones(0), 1)

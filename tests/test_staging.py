@@ -211,6 +211,12 @@ def test_a_meta_tensor_is_refused_by_name(format: SafetensorsFormat | TorchForma
         format.plan(flatten(Snapshot({"model": {"layer": [torch.empty(1, device="meta")]}})))
 
 
+@pytest.mark.parametrize("format", [SafetensorsFormat(), TorchFormat()])
+def test_a_tensor_that_only_mkldnn_can_read_is_refused_by_name(format: SafetensorsFormat | TorchFormat) -> None:
+    with pytest.raises(StateMismatchError, match=r"model\.w is an mkldnn tensor, .* save its to_dense"):
+        format.plan(flatten(Snapshot({"model": {"w": torch.ones(2).to_mkldnn()}})))
+
+
 @given(data=st.data())
 def test_any_bytes_of_any_tensor_are_those_of_its_contiguous_form(data: st.DataObject) -> None:
     """Whatever the strides, and wherever a piece begins and ends, within an element too."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..staging import Held, Region, is_dense, is_special, refuse_meta
+from ..staging import Held, Region, is_dense, is_special, refuse_hidden
 from ..state.snapshot import FlatSnapshot, Snapshot, StoredState, map_leaves
 from . import FileSink, FileSource, refuse_sharded, write_live
 from .json_texts import JsonTexts
@@ -145,7 +145,7 @@ def _named(flat: FlatSnapshot) -> dict[str, _EntryTensors]:
                 if first[number][0] == entry:
                     own.aliases.setdefault(key, first[number][1])
                 return leaf
-            refuse_meta(flat.tensors[number], (entry, *path))
+            refuse_hidden(flat.tensors[number], (entry, *path))
             base, count = key if key != "__metadata__" else "__metadata__~", 1
             key = base
             while key in own.numbers:

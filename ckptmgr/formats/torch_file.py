@@ -14,7 +14,7 @@ import torch
 
 from ..errors import DamagedError, StoreError
 from ..memory import available
-from ..staging import Held, Region, is_dense, is_special, refuse_meta
+from ..staging import Held, Region, is_dense, is_special, refuse_hidden
 from ..state.codec import from_torch_safe, to_torch_safe
 from ..state.snapshot import FlatSnapshot, Snapshot, StoredPart, StoredState, StoredTensor, Tree, map_leaves
 from . import FileSink, FileSource, refuse_sharded, write_live
@@ -59,7 +59,7 @@ class _TorchPlan:
     def __init__(self, flat: FlatSnapshot) -> None:
         self.shape, self._count = flat.shape, len(flat.tensors)
         for entry, tree in flat.entries.items():
-            _refuse_meta(flat, entry, tree)
+            _refuse_hidden(flat, entry, tree)
         numbers = [number for number, tensor in enumerate(flat.tensors) if not is_special(tensor)]
         ends = list(
             itertools.accumulate(-(-flat.tensors[number].nbytes // _ALIGNMENT) * _ALIGNMENT for number in numbers)
@@ -82,10 +82,10 @@ class _TorchPlan:
         sink.write({**state_bodies(self._texts, TorchFormat.name, flat, body), **rank_bodies(flat.ranks)})
 
 
-def _refuse_meta(flat: FlatSnapshot, entry: str, tree: Tree) -> None:
+def _refuse_hidden(flat: FlatSnapshot, entry: str, tree: Tree) -> None:
     def look(leaf: Any, path: tuple[str, ...]) -> Any:
         if isinstance(leaf, dict):
-            refuse_meta(flat.tensors[leaf["$tensor"]], (entry, *path))
+            refuse_hidden(flat.tensors[leaf["$tensor"]], (entry, *path))
         return leaf
 
     map_leaves(tree, look)

@@ -23,7 +23,7 @@ from ..formats.json_texts import JsonTexts
 from ..formats.rank_files import rank_bodies
 from ..formats.safetensors_state import SPECIAL_NAME
 from ..formats.state_file import Whole, save_torch, state_bodies
-from ..staging import Held, Region, is_dense, is_special, refuse_meta
+from ..staging import Held, Region, is_dense, is_special, refuse_hidden
 from ..state.shards import is_sharded, local
 from ..state.snapshot import FlatSnapshot
 from .blobs import ALIGNMENT, tensor_blob, value_blob
@@ -89,7 +89,7 @@ def local_plan(flat: FlatSnapshot, rank: int = 0, world_size: int = 1) -> LocalP
     names = joined(paths)
     chosen: dict[str, Any] = {}
     for name, path, tensor in zip(names, paths, flat.tensors, strict=True):
-        refuse_meta(tensor, path)
+        refuse_hidden(tensor, path)
         sharded: Any = tensor
         if is_sharded(tensor) and any(one.is_partial() for one in sharded.placements):
             raise StateMismatchError(

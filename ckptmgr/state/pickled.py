@@ -13,7 +13,7 @@ from .snapshot import Tree
 
 
 class PickleWarning(UserWarning):
-    """A value has no plain form: it is pickled, or not saved at all. Names the value."""
+    """A value has no plain form, or none at all: it is pickled, or not saved. Names the value."""
 
 
 class Pickled:

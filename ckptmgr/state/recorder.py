@@ -7,8 +7,10 @@ where tensors came, went or changed their form, so is everything.
 
 from __future__ import annotations
 
+import operator
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from ..errors import ConfigError
 from .capturing import Reader, Reading
 from .codec import encode
-from .pickled import Pickled
+from .pickled import Pickled, PickleWarning
 from .plain_tags import is_plain
 from .shards import local
 from .snapshot import FlatSnapshot, RankPart, Tree, map_leaves
@@ -25,6 +27,7 @@ from .structure import LEAVES, TENSORS, Form, Part, form, is_lasting, is_loose, 
 from .ties import Ties
 
 _MOST_PARTS = 64  # of an entry that are looked at one by one
+_IS_META = operator.attrgetter("is_meta")
 _SORTS = dict.fromkeys(TENSORS, 1) | dict.fromkeys(LEAVES, 2)
 
 
@@ -71,11 +74,34 @@ def _record(reading: Reading) -> tuple[_Record | None, FlatSnapshot]:
         name: encode(state, path=name, opaque=pickled.add, tensor=stand_in) for name, state in reading.states.items()
     }
     objects = pickled.dump()
+    if any(map(_IS_META, reading.parameters)):
+        _warn_of_bare([path for name, state in reading.states.items() for path in _bare(name, state)])
     still = _still(reading.parameters, ties.find)
     pointers = list(map(_address, ties.tensors, ties.forms))
     flat = FlatSnapshot(trees, ties.tensors, reading.notes, objects, {}, object(), still, pointers)
     forms = _Forms(ties)
     return (_Record(reading, flat, forms, ties.numbers) if forms.are_lasting else None), flat
+
+
+def _bare(path: str, state: Any) -> Iterator[str]:
+    """The paths of tensors on the meta device."""
+    if isinstance(state, torch.Tensor):
+        if state.is_meta:
+            yield path
+    elif isinstance(state, Mapping | list | tuple):
+        for step, item in state.items() if isinstance(state, Mapping) else enumerate(state):
+            yield from _bare(f"{path}.{step}", item)
+
+
+def _warn_of_bare(paths: list[str]) -> None:
+    if paths:  # else of a module whose state leaves them out
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        warnings.warn(
+            f"{', '.join(paths[:3])}{more}: on the meta device, where tensors have no values: they are NOT saved; give "
+            "them memory first (to_empty, then load), or bring offloaded ones back",
+            PickleWarning,
+            stacklevel=3,
+        )
 
 
 def _address(tensor: torch.Tensor, own: Form) -> int:
