@@ -39,7 +39,7 @@ class JointSchedule(Schedule):
         # What a predicate says may be true at one call only.
         self._has_predicate = any(not isinstance(one, (*_ANYWHERE, Every)) for one in self._local.triggers)
         super().__init__(steady, signals, clock)
-        self._requests, self.alert = before._requests, before.alert
+        self._requests, self.quiet, self.alert = before._requests, before.quiet, before.alert
         self.last_step, self._last_epoch = before.last_step, before._last_epoch
         self._look_ahead()
         # Steps and epochs alone are no reason to talk at every call.
@@ -59,8 +59,11 @@ class JointSchedule(Schedule):
             self._calls < self._next_vote
             and not self._has_predicate
             and self.last_step <= step < self._quiet_step
-            and (epoch is None or epoch < self._quiet_epoch)
+            and (epoch is None or epoch < self.quiet.epoch)
         )
+
+    def calm(self) -> None:
+        """No call is covered by `quiet`: each of them is counted."""
 
     def listen(self) -> bool:
         """Read the result of the last vote, if this is the call for it; whether any rank knows of a save that
@@ -126,6 +129,10 @@ class JointSchedule(Schedule):
         if self._ballot is None or not self._ballot.is_open:
             return False
         return bool(self._ballot.result() & SAVE) and not self._is_answered
+
+    def _look_ahead(self) -> None:
+        super()._look_ahead()
+        self.alert()
 
     def _calls_to_next(self) -> int:
         """So many that a loop of short steps does not vote at each of them."""

@@ -100,8 +100,9 @@ class CheckpointManager(Catalog):
         rule = self.config.trigger(triggers)
         self._doubtful: AnyOf | None = rule  # until the first `maybe_save`
         self._schedule = Schedule(rule, self._signals, clock)
-        self._schedule.alert()  # the first call has to find the other ranks
-        self._signals.on_signal = self._schedule.alert
+        self._quiet = self._schedule.quiet
+        self._quiet.alert()  # the first call has to find the other ranks
+        self._signals.on_signal = self._quiet.alert
         self._signals.install()
         self._request_file: RequestFile | None = None
         if self.config.save.on_file is not None and not read_only:
@@ -122,26 +123,29 @@ class CheckpointManager(Catalog):
         """Save if a trigger says so; at most one save per call.
 
         `state` maps entry names to objects with `state_dict()`, tensors and plain values, nested as
-        you like, or is a callable that returns such a mapping and is called only when due. `step`
-        and `epoch` count completed ones. Every rank calls it. When due it blocks until the state is
-        copied (with `background`; with `overlap`, all that is not left to the next `optimizer.step()` to
-        wait for) or durable, and until an earlier save is done (`when_busy: wait`).
+        you like, or is a callable that returns such a mapping and is called only when due. `step` and `epoch`
+        count completed ones. Every rank calls it.
+        When due it blocks until the state is copied (with `background`; with `overlap`, all that is not left to
+        the next `optimizer.step()` to wait for) or durable, and until an earlier save is done (`when_busy: wait`).
 
         Returns the save's `Pending`, or None when nothing was due. Raises once what an earlier
         background save failed with (`SaveFailedError`, `FencedError`), unless `on_error: warn`.
         """
         self._last_call = (state, step, epoch, metrics)
+        quiet = self._quiet
+        # What `is_quiet` asks, here: most calls end at this line, and to call it takes as long again.
+        if quiet.first <= step < quiet.end and (
+            quiet.is_by_step
+            or ((epoch is None or epoch < quiet.epoch) and (quiet.until is None or quiet.clock() < quiet.until))
+        ):
+            return None
         if self._schedule.is_quiet(step, epoch):
             return None
         if self._is_closed:
             self._settle()  # which says so
         ranks = self._join()
         self._job.check()
-        if (rule := self._doubtful) is not None:
-            self._doubtful = None
-            is_meant = self.config.save.on_close or self.config.save.on_file is not None
-            for doubt in doubts(rule, epoch) if not (ranks.rank or is_meant) else ():
-                _log.warning("save.doubt url=%s %s", self._run.url, doubt)
+        self._doubt(epoch, ranks)
         self._schedule.calm()  # before the look at failures: one that comes later alerts again
         if self._schedule.listen():
             self._worker.wait()
@@ -161,6 +165,13 @@ class CheckpointManager(Catalog):
             self._worker.tolerate(request.step, exc)
         self._schedule.vote(request.step, request.epoch, request.metrics, trouble=self._worker.has_failed)
         return pending
+
+    def _doubt(self, epoch: int | None, ranks: Coordinator) -> None:
+        """At the first call, warn of a rule that may never make a save."""
+        rule, self._doubtful = self._doubtful, None
+        is_meant = self.config.save.on_close or self.config.save.on_file is not None
+        for doubt in doubts(rule, epoch) if rule is not None and not (ranks.rank or is_meant) else ():
+            _log.warning("save.doubt url=%s %s", self._run.url, doubt)
 
     def _save_if_free(self, state: State, request: Request) -> Pending | None:
         """Save what is due, unless it is there already or nobody is to wait for the save before it."""
@@ -447,7 +458,7 @@ class CheckpointManager(Catalog):
             self._is_begun = True
         heard = self._schedule.heard()  # what comes while the state is copied or written is for the next save
         check = partial(self._check_new, request)
-        pending = self._saver.start(state, request, ranks, check, self._worker, self._schedule.alert)
+        pending = self._saver.start(state, request, ranks, check, self._worker, self._quiet.alert)
         self._note_saved(request, heard)
         if not pending.in_background:
             self._worker.wait()
@@ -486,7 +497,7 @@ class CheckpointManager(Catalog):
     def _note_saved(self, request: Request, heard: tuple[int, int] | None = None) -> None:
         self._schedule.saved(request.step, request.epoch, heard)
         if self._worker.pending is not None and self._worker.pending.done():
-            self._schedule.alert()  # it may have alerted before `saved` took that back
+            self._quiet.alert()  # it may have alerted before `saved` took that back
 
     def _settle(self) -> None:
         """Wait for the save in flight, before what needs the root to itself."""

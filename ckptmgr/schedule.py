@@ -14,17 +14,22 @@ from .signals import SignalWatch
 from .triggers import AnyOf, Decision, Horizon, Moment
 
 
-class _Alert:
-    """The step up to which calls are quiet, which anyone may take back, in a signal handler too. It knows
-    nobody, so that whoever holds it to call it keeps no schedule, and no manager, alive."""
+class Quiet:
+    """Which calls need no look at anything: those at steps from `first` to before `end`, and unless steps alone count
+    (`is_by_step`), in epochs before `epoch` and as long as `clock` has not come to `until` (None: whatever the time).
+    It knows nobody, so that whoever holds it keeps no schedule, and no manager, alive."""
 
-    __slots__ = ("quiet_step",)
+    __slots__ = ("clock", "end", "epoch", "first", "is_by_step", "until")
 
-    def __init__(self) -> None:
-        self.quiet_step = -math.inf
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.first, self.is_by_step = 0, True
+        self.end = self.epoch = -math.inf
+        self.until: float | None = None
 
-    def __call__(self) -> None:
-        self.quiet_step = -math.inf
+    def alert(self) -> None:
+        """No call is quiet any more. Safe in a signal handler and from any thread."""
+        self.end = -math.inf
 
 
 class Schedule:
@@ -34,7 +39,8 @@ class Schedule:
     def __init__(self, rule: AnyOf, signals: SignalWatch, clock: Callable[[], float]) -> None:
         self._rule, self._signals, self._clock = rule, signals, clock
         self._requests: list[str] = []
-        self.alert = _Alert()
+        self.quiet = Quiet(clock)
+        self.alert = self.quiet.alert
         self.last_step, self._last_epoch, self._last_time = 0, 0, clock()
         self._look_ahead()
 
@@ -45,12 +51,10 @@ class Schedule:
 
     def is_quiet(self, step: int, epoch: int | None) -> bool:
         """Whether no save can be due and nothing else needs attention: the loop's fast path."""
-        return self.last_step <= step < self.alert.quiet_step and (
-            self._is_by_step
-            or (
-                (epoch is None or epoch < self._quiet_epoch)
-                and (self._quiet_time is None or self._clock() < self._quiet_time)
-            )
+        quiet = self.quiet
+        return quiet.first <= step < quiet.end and (
+            quiet.is_by_step
+            or ((epoch is None or epoch < quiet.epoch) and (quiet.until is None or quiet.clock() < quiet.until))
         )
 
     def decide(self, step: int, epoch: int | None, metrics: Mapping[str, float]) -> Decision:
@@ -76,7 +80,7 @@ class Schedule:
 
     def calm(self) -> None:
         """Back to the fast path. Whoever calls it looks afterwards at whatever may have alerted."""
-        self.alert.quiet_step = self._quiet_step  # first: what comes in between takes it back again
+        self.quiet.end = self._quiet_step  # first: what comes in between takes it back again
         if self.is_asked:
             self.alert()
 
@@ -134,8 +138,9 @@ class Schedule:
     def _look_ahead(self) -> None:
         now = Moment(self.last_step, self._last_epoch, last_step=self.last_step, last_epoch=self._last_epoch)
         horizon: Horizon = self._rule.horizon(now)
-        self._quiet_step, self._quiet_epoch = horizon.step, horizon.epoch
         # Without a rule that asks for the time, the clock need not be looked at; often steps alone count.
-        self._quiet_time = None if horizon.elapsed == math.inf else self._last_time + horizon.elapsed
-        self._is_by_step = self._quiet_time is None and horizon.epoch == math.inf
-        self.alert.quiet_step = self._quiet_step
+        quiet = self.quiet
+        quiet.until = None if horizon.elapsed == math.inf else self._last_time + horizon.elapsed
+        quiet.is_by_step = quiet.until is None and horizon.epoch == math.inf
+        quiet.first, quiet.epoch, self._quiet_step = self.last_step, horizon.epoch, horizon.step
+        quiet.end = self._quiet_step
