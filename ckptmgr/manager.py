@@ -108,6 +108,7 @@ class CheckpointManager(Catalog):
         if self.config.save.on_file is not None and not read_only:
             self._request_file = RequestFile(store, self.config.save.on_file, self._schedule.request)
         self._last_call: tuple[State, int, int | None, Mapping[str, Any] | None] | None = None
+        self._epoch: int | None = None  # the last that was given or restored
         self._is_begun = self._is_closed = False
 
     # In the loop
@@ -124,7 +125,7 @@ class CheckpointManager(Catalog):
 
         `state` maps entry names to objects with `state_dict()`, tensors and plain values, nested as
         you like, or is a callable that returns such a mapping and is called only when due. `step` and `epoch`
-        count completed ones. Every rank calls it.
+        count completed ones; what is saved without `epoch` has the last one given or restored. Every rank calls it.
         When due it blocks until the state is copied (with `background`; with `overlap`, all that is not left to
         the next `optimizer.step()` to wait for) or durable, and until an earlier save is done (`when_busy: wait`).
 
@@ -132,6 +133,8 @@ class CheckpointManager(Catalog):
         background save failed with (`SaveFailedError`, `FencedError`), unless `on_error: warn`.
         """
         self._last_call = (state, step, epoch, metrics)
+        if epoch is not None:
+            self._epoch = epoch
         quiet = self._quiet
         # What `is_quiet` asks, here: most calls end at this line, and to call it takes as long again.
         if quiet.first <= step < quiet.end and (
@@ -388,6 +391,7 @@ class CheckpointManager(Catalog):
         restart = Restart(self._run, self.config, ranks, read_only=self._read_only, fresh=self._fresh)
         info, resumed = restart.resume(targets, step, strict, skip, map_location)
         self._fresh, self._is_begun = False, not self._read_only
+        self._epoch = info.manifest.epoch if info and info.manifest else None
         if info is None or info.manifest is None:
             self._schedule.restored(0, 0)  # also where a run has begun here, and nothing of it is left
             size = expected_bytes(targets)
@@ -425,7 +429,8 @@ class CheckpointManager(Catalog):
         `DamagedError`, with nothing changed, when this one can't be gone on from."""
         info = self._on_rank_0("rewind", lambda: self._run.rewind(step))
         self._last_call = None
-        self._schedule.restored(info.step, info.manifest.epoch if info.manifest else None)
+        self._epoch = info.manifest.epoch if info.manifest else None
+        self._schedule.restored(info.step, self._epoch)
 
     def _on_rank_0(self, what: str, make: Callable[[], T]) -> T:
         """What rank 0 makes of the root while no save is in flight. Blocks."""
@@ -450,6 +455,10 @@ class CheckpointManager(Catalog):
         return Request(step, epoch, as_floats(metrics), overwrite=overwrite)
 
     def _save(self, state: State, request: Request) -> Pending:
+        if request.epoch is not None:
+            self._epoch = request.epoch
+        elif self._epoch is not None:  # as many are complete as before
+            request = replace(request, epoch=as_count(self._epoch, "epoch"))
         self._settle()
         self._join()
         ranks = self._job.for_save()

@@ -458,10 +458,30 @@ def test_overwrite_replaces_a_step_after_the_new_one_is_durable(
 
 def test_names_follow_the_template(open_manager: Callable[..., CheckpointManager], store: MemoryStore) -> None:
     manager = open_manager(name="ep{epoch}-ba{step}")
+    with pytest.raises(ConfigError, match="needs an epoch"):
+        manager.save(state(), 300)
     manager.save(state(), 400, epoch=3)
     assert store.get("latest") == b"ep3-ba400\n"
-    with pytest.raises(ConfigError, match="needs an epoch"):
-        manager.save(state(), 500)
+
+
+def test_what_is_saved_within_an_epoch_knows_how_many_were_completed_before(
+    open_manager: Callable[..., CheckpointManager],
+) -> None:
+    with open_manager(save={"every_steps": 10}) as manager:
+        manager.resume()
+        manager.maybe_save(state(), 5)
+        manager.maybe_save(state(), 10)
+        manager.maybe_save(state(), 15, epoch=1)  # nothing is due
+        manager.maybe_save(state(), 20)
+    assert [manager.info(step).manifest.epoch for step in (10, 20)] == [None, 1]  # type: ignore[union-attr]
+    with open_manager(save={"every_steps": 10, "every_epochs": 1}) as manager:
+        assert manager.resume().epoch == 1
+        assert not manager.should_save(21)
+        manager.save(state(), 21)
+        assert manager.resume().epoch == 1
+        assert not manager.resume(step=10).epoch
+        manager.save(state(), 11)
+        assert manager.resume().epoch == 0
 
 
 def test_only_saves_the_named_entries(open_manager: Callable[..., CheckpointManager]) -> None:
