@@ -17,6 +17,7 @@ from .records import FOLDER, Records
 from .repository import Repository
 from .store import DRAFTS, Store
 from .store.dialect import Unended
+from .store.spares import FOLDER as SPARES
 
 _DATA = re.compile(r"(?P<name>[^/]+)/(?P<nonce>[0-9a-f]{16})/.+")  # where a save puts its files
 
@@ -81,6 +82,8 @@ def _deletions(store: Store) -> Iterator[Litter]:
         left = sum(sizes.get(f"{aside.name}/{file.name}", 0) for file in aside.manifest.files)
         record = store.stat(aside.key)
         yield Litter("deletion", aside.name, left, record.modified if record else None)
+    if spares := store.list(SPARES) if store.path is not None else ():
+        yield Litter("deletion", SPARES, sum(file.size for file in spares), None)
 
 
 def _uploads(repository: Repository) -> Iterator[Litter]:

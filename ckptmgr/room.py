@@ -13,8 +13,9 @@ from .errors import StoreFullError
 from .manifest import CheckpointInfo, FileEntry
 from .store import Store
 from .store.disk import full
-from .store.removal import wait_for_space
+from .store.local import LocalStore
 from .store.space import Space, space_left
+from .store.spares import make_space
 
 
 def check_room(store: Store, what: str, sizes: Iterable[int]) -> int:
@@ -27,10 +28,12 @@ def check_room(store: Store, what: str, sizes: Iterable[int]) -> int:
     if space is None or store.path is None:
         return 0
     needed = space.needed(sizes)
+    spare = store.spares.size if isinstance(store, LocalStore) else 0  # is taken over
     # A checkpoint that was just deleted may still be on its way out.
-    if not space.has(needed) and wait_for_space():
+    if not space.has(needed - spare) and make_space():
         space = space_left(store.path) or space
-    if not space.has(needed):
+        spare = 0
+    if not space.has(needed - spare):
         raise full(f"write {what} to {store.url}", store.path / what, needed)
     return needed
 
@@ -52,7 +55,7 @@ class Shortage:
         self._attempts += 1
         self._before += self.gone
         self.gone = []
-        wait_for_space()
+        make_space()
         space = self._space()
         # Blocks that are set aside are counted as free, and nobody tells what a quota leaves. Where there is said to
         # be room the first time, there may be by now.
@@ -64,7 +67,7 @@ class Shortage:
 
     def is_over(self, left: Sequence[CheckpointInfo]) -> bool:
         """Whether there is room, or may be, now that only these checkpoints are left."""
-        wait_for_space()
+        make_space()
         space = self._space()
         if space is not None and self._is_counted:
             return space.has(self._needed)

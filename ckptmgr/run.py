@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import takewhile
@@ -32,7 +32,7 @@ from .lock import WriterLock, acquire, last_writer
 from .manifest import CheckpointInfo
 from .repository import Repository
 from .retention import Best, NewerThan, Plan
-from .store import Store
+from .store import Store, drop_spares, keeping_spares
 from .store.removal import names_first
 
 _log = logging.getLogger("ckptmgr.run")
@@ -270,7 +270,9 @@ class Run:
         self._has_committed = True
         self._ledger.add(info)
         try:
-            with names_first():
+            # A cap on what is there has no room for what is only kept for the next save.
+            store, is_capped = self.repository.store, self._config.keep.max_bytes is not None
+            with names_first(), nullcontext() if is_capped else keeping_spares(store):
                 self._make_way(info, replaces=replaces)
         except FencedError:
             raise
@@ -394,6 +396,7 @@ class Run:
 
     def release(self) -> None:
         self.repository.pointer.forget()
+        drop_spares(self.repository.store)
         if self._lock is not None:
             self._lock.release()
             self._lock = None

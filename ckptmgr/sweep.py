@@ -22,6 +22,7 @@ from .pins import Pins
 from .records import FOLDER, Aside, AsideKey, DraftKey, Records, each
 from .store import Store
 from .store.leftovers import remove_leftovers
+from .store.spares import FOLDER as SPARES
 from .trash import Trash
 
 _log = logging.getLogger("ckptmgr.repository")
@@ -64,6 +65,8 @@ class Sweep:
             self._fences.settle()
         self._remove_pins(check)
         if self._store.path is not None:
+            if self._store.stat(f"{SPARES}/") is not None:  # a dead writer's: they served its next save only
+                self._store.delete([f"{SPARES}/"])
             done += remove_leftovers(self._store.path, FOLDER)
         if done:
             _log.info("root.sweep.done url=%s removed=%d", self._store.url, done)

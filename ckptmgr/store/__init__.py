@@ -8,13 +8,25 @@ what they promise, for any store.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["BLOCK", "DRAFTS", "Entry", "Reader", "Store", "Writer", "give_up", "open_store"]
+__all__ = [
+    "BLOCK",
+    "DRAFTS",
+    "Entry",
+    "Reader",
+    "Store",
+    "Writer",
+    "drop_spares",
+    "give_up",
+    "keeping_spares",
+    "open_store",
+]
 
 
 DRAFTS = ".ckptmgr/drafts"  # where a folder is filled that is going to be renamed
@@ -161,6 +173,21 @@ def open_store(
     from .retries import Patience
 
     return FsspecStore(str(url), options or {}, Patience() if deadline_s is None else Patience(deadline_s))
+
+
+def keeping_spares(store: Store) -> AbstractContextManager[None]:
+    """A block in which, on a disk, large files that are deleted leave their blocks to the next save: see `spares`."""
+    from .local import LocalStore
+
+    return store.spares.keeping() if isinstance(store, LocalStore) else nullcontext()
+
+
+def drop_spares(store: Store) -> None:
+    """For a writer that ends: nothing is left for its next save. Never raises."""
+    from .local import LocalStore
+
+    if isinstance(store, LocalStore):
+        store.spares.drop()
 
 
 def give_up(store: Store) -> None:

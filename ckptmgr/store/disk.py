@@ -85,6 +85,11 @@ def create_file(path: str) -> int:
     return os.open(path, _CREATE, 0o666)
 
 
+def open_to_write(path: str) -> int:
+    """A descriptor of a file that is there, for writing over it. Follows no link."""
+    return os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | _COMMON)
+
+
 def open_file(path: str | Path) -> int:
     """A descriptor of a regular file, for reading. Follows no link; refuses anything else."""
     fd = os.open(path, _READ)
@@ -117,11 +122,11 @@ def claim(temp: str, target: str) -> None:
 
 class TempFile:
     """A file under a name that nobody looks at, until it is moved to its own: the same, where nobody looks at that
-    yet. Gone when dropped."""
+    yet. A new one, unless it is given with its descriptor. Gone when dropped."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int | None = None) -> None:
         self.path = path
-        self._open = _Open(create_file(path))
+        self._open = _Open(create_file(path) if fd is None else fd)
         self._discard = weakref.finalize(self, _discard, self._open, path, os.getpid())
 
     @property

@@ -20,7 +20,8 @@ from .leftovers import temp_name
 from .local_reader import LocalReader
 from .local_writer import LocalWriter
 from .mounts import can_rename_folders
-from .removal import names_first, remove, wait_for_space
+from .removal import names_first, remove
+from .spares import Spares, make_space
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -59,6 +60,7 @@ class LocalStore:
         self._fsync = fsync
         self._durable: set[str] = set()  # folders whose own entries this process has seen to the disk
         self._can_rename: bool | None = None
+        self.spares = Spares(self._path, is_wanted=fsync)  # else nobody knows what a power cut brings back
 
     def __repr__(self) -> str:
         return f"LocalStore({self._top!r})" if self._fsync else f"LocalStore({self._top!r}, fsync=False)"
@@ -112,13 +114,16 @@ class LocalStore:
             try:
                 return self._writer(target, size)
             except OSError as exc:
-                # A checkpoint that was just deleted may still be on its way out.
-                if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not wait_for_space():
+                # A checkpoint that was just deleted may still be on its way out, or be a spare.
+                if exc.errno not in (errno.ENOSPC, errno.EDQUOT) or not make_space():
                     raise
             return self._writer(target, size)
 
     def _writer(self, target: str, size: int | None) -> LocalWriter:
-        return LocalWriter(self._temp(target), target, size, self._publish, is_synced=self._fsync)
+        temp = self._temp(target, size=size or 0)
+        if size is not None and self._is_in_draft(temp.path):
+            self.spares.wrote(temp.fd, size)
+        return LocalWriter(temp, target, size, self._publish, is_synced=self._fsync)
 
     def copy(self, source: str, target: str) -> bool:
         """A hard link: both names are one file, which goes with the last of them."""
@@ -169,14 +174,17 @@ class LocalStore:
 
     def _delete(self, keys: Iterable[str]) -> None:
         touched: set[str] = set()
+        changed: set[str] = set()
         for key in keys:
             checked_key(key.removesuffix("/"))
             path = self._locate(key)
             with edge("delete", path):
-                remove(path, tree=key.endswith("/"))
+                if not key.endswith("/") and self.spares.keep(path):
+                    changed.add(self.spares.folder)
+                else:
+                    remove(path, tree=key.endswith("/"))
                 if _is_folder(_parent(path)):  # also where nothing was: an earlier attempt may not have come so far
                     touched.add(_parent(path))
-        changed = set()
         for folder in sorted(touched, key=lambda path: path.count(os.sep), reverse=True):
             with edge("delete", folder):
                 changed.add(self._prune(folder))
@@ -264,12 +272,15 @@ class LocalStore:
                 raise
         self._durable.add(folder)
 
-    def _temp(self, target: str, *, is_claim: bool = False) -> TempFile:
-        """A new file that is to become `target`. In a draft it has that name at once, but when it is to `claim` it."""
+    def _temp(self, target: str, *, is_claim: bool = False, size: int = 0) -> TempFile:
+        """A new file that is to become `target`. In a draft it has that name at once, but when it is to `claim` it,
+        and may be a spare of about this `size`."""
         folder = _parent(target)
 
         def begin() -> TempFile:
             if not is_claim and self._is_in_draft(folder):
+                if (fd := self.spares.take(target, size)) is not None:
+                    return TempFile(target, fd)
                 with suppress(FileExistsError):
                     return TempFile(target)
             return TempFile(os.path.join(folder, temp_name()))

@@ -18,7 +18,7 @@ def can_rename_folders(root: Path) -> bool:
     FUSE mounts are refused whatever they answer: a mounted bucket renames by copying. Raises `OSError` where it can't
     be tried: a disk that is full or failing, or nothing may be written."""
     folder = next((p for p in (root, *root.parents) if p.is_dir()), None)
-    return folder is not None and not _is_fuse(_mount_type(folder)) and _probe(folder)
+    return folder is not None and not _is_fuse(mount_type_at(folder)) and _probe(folder)
 
 
 def _is_fuse(kind: str) -> bool:
@@ -26,7 +26,8 @@ def _is_fuse(kind: str) -> bool:
     return kind == "fuse" or kind.startswith("fuse.")
 
 
-def _mount_type(folder: Path) -> str:
+def mount_type_at(folder: Path) -> str:
+    """The type of the file system that a folder is on, or is going to be; "" where nobody says."""
     try:
         lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:  # not Linux

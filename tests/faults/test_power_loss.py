@@ -28,7 +28,7 @@ from ckptmgr.draft import Draft
 from ckptmgr.pointer import Pointer
 from ckptmgr.repository import Repository
 from ckptmgr.run import Run
-from ckptmgr.store import local
+from ckptmgr.store import local, spares
 from ckptmgr.store.disk import TempFile
 from ckptmgr.store.local import LocalStore
 from ckptmgr.testing import DiskState, PowerLoss, SystemCalls
@@ -91,6 +91,42 @@ def test_no_power_cut_after_a_kill_loses_a_reported_step(
     for call in profile.sample(points, quick=2):
         run = record_killed(tmp_path / str(call), what, call, **WAYS[way])
         check(run, scratch, profile, tally, quick=8, full=30)
+
+
+# Blocks that a save takes over from the checkpoint that went
+
+
+@pytest.fixture
+def small_spares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spares, "_SMALLEST", 1)
+
+
+def taken_over(run: RecordedRun) -> int:
+    """How many files were, with those of manifests."""
+    return sum(call.name == "rename" and f"{spares.FOLDER}/" in call.path for call in run.calls.log)
+
+
+@pytest.mark.usefixtures("small_spares")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("what", [first_saves, only_the_last, replaced_steps])
+def test_no_power_cut_loses_a_reported_step_to_one_that_takes_over_blocks(
+    what: Callable[[RecordedRun], None], tmp_path: Path, scratch: Path, profile: Profile, tally: Tally
+) -> None:
+    run = record(tmp_path / "disk", what)
+    if not taken_over(run):
+        pytest.skip("no file system here whose files are written over in place")
+    check(run, scratch, profile, tally, quick=16)
+
+
+@pytest.mark.usefixtures("small_spares")
+@pytest.mark.timeout(600)
+def test_no_power_cut_after_a_kill_loses_one_either(
+    tmp_path: Path, scratch: Path, profile: Profile, tally: Tally
+) -> None:
+    whole = record(tmp_path / "whole", only_the_last)
+    points = [place for place, call in enumerate(whole.calls.log, 1) if f"{spares.FOLDER}/" in call.path]
+    for call in profile.sample(points, quick=3):
+        check(record_killed(tmp_path / str(call), only_the_last, call), scratch, profile, tally, quick=8, full=30)
 
 
 # Planted bugs: each of them the same check finds
