@@ -60,6 +60,8 @@ def _times(contender: Contender, place: Place, state: State, saves: int, found: 
         found.figures[f"{first}durable"].append(durable)
     expected = fingerprints(state)
     peer.close()
+    if place.path is not None:
+        disk.flush(place.path)  # what a contender removes as it closes is the disk's to do before anyone resumes
     if place.path is None or disk.forget(place.path):
         found.figures["cold"].append(_timed_load(contender, place, state, saves))
         found.check(state, expected, "loaded")
