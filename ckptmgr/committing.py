@@ -32,6 +32,7 @@ from .room import Shortage
 from .run import Run
 from .scrub import Scrubber
 from .sharing import Sharing
+from .store.spares import make_space
 
 _log = logging.getLogger("ckptmgr.save")
 
@@ -170,6 +171,7 @@ class Committer:
                     return attempt()
                 except StoreFullError as exc:
                     if self._on_full != "prune":
+                        make_space()  # what this save could not take over is there for the next
                         raise
                     shortage.met(exc, self._draft.needed if self._draft else 0)
                 ranks.patient.first(f"room for step {request.step}", make_room)

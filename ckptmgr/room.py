@@ -28,7 +28,7 @@ def check_room(store: Store, what: str, sizes: Iterable[int]) -> int:
     if space is None or store.path is None:
         return 0
     needed = space.needed(sizes)
-    spare = store.spares.size if isinstance(store, LocalStore) else 0  # is taken over
+    spare = store.spares.taken_over(sizes) if isinstance(store, LocalStore) else 0
     # A checkpoint that was just deleted may still be on its way out.
     if not space.has(needed - spare) and make_space():
         space = space_left(store.path) or space

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from .draft import discard
 from .errors import DamagedError, FormatVersionError, StoreError, StoreFullError
@@ -65,8 +66,9 @@ class Sweep:
             self._fences.settle()
         self._remove_pins(check)
         if self._store.path is not None:
-            if self._store.stat(f"{SPARES}/") is not None:  # a dead writer's: they served its next save only
-                self._store.delete([f"{SPARES}/"])
+            with suppress(StoreError):  # a dead writer's: they served its next save only. One that lives may still add
+                if self._store.stat(f"{SPARES}/") is not None:
+                    self._store.delete([f"{SPARES}/"])
             done += remove_leftovers(self._store.path, FOLDER)
         if done:
             _log.info("root.sweep.done url=%s removed=%d", self._store.url, done)

@@ -125,7 +125,7 @@ class TempFile:
     yet. A new one, unless it is given with its descriptor. Gone when dropped."""
 
     def __init__(self, path: str, fd: int | None = None) -> None:
-        self.path = path
+        self.path, self.is_new = path, fd is None
         self._open = _Open(create_file(path) if fd is None else fd)
         self._discard = weakref.finalize(self, _discard, self._open, path, os.getpid())
 

@@ -122,7 +122,8 @@ class LocalStore:
     def _writer(self, target: str, size: int | None) -> LocalWriter:
         temp = self._temp(target, size=size or 0)
         if size is not None and self._is_in_draft(temp.path):
-            self.spares.wrote(temp.fd, size)
+            draft = temp.path[len(self._in_drafts) :].partition(os.sep)[0]
+            self.spares.wrote(temp.fd, size, draft, is_new=temp.is_new)
         return LocalWriter(temp, target, size, self._publish, is_synced=self._fsync)
 
     def copy(self, source: str, target: str) -> bool:

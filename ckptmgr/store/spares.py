@@ -6,7 +6,8 @@ looks, until one of about its size is written, or the space is wanted.
 
 What anyone may still see is never written over. A spare has one name, which nobody else knows; and the kernel gives a
 write lease only on a file that nobody else has open or mapped, so that whoever reads what was deleted keeps what it
-began to read (fcntl(2), F_SETLEASE). Only on file systems of this machine alone that write in place.
+began to read (fcntl(2), F_SETLEASE). Only on file systems of this machine that write in place, and not while it
+exports any over NFS: of a file that a client of NFS 3 reads, the kernel does not know that it is open.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import signal
 import stat
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -37,6 +38,7 @@ else:
 FOLDER = ".ckptmgr/spares"  # of a root: the writer's, gone when it closes
 
 _IN_PLACE = {"ext4", "xfs"}
+_EXPORTS = (Path("/proc/fs/nfsd/exports"), Path("/var/lib/nfs/etab"))
 _SMALLEST = LARGE
 _CLOSE = 8  # a file takes over one that is larger or smaller by no more than this part of it
 _MOST = 1024  # files of one save
@@ -48,7 +50,7 @@ class _Look(NamedTuple):
     uid: int
     gid: int
     mode: int
-    attributes: tuple[str, ...]
+    attributes: tuple[tuple[str, bytes], ...]
 
 
 class _Spare(NamedTuple):
@@ -64,7 +66,8 @@ class Spares:
         self._root, self.folder = root, os.path.join(root, *FOLDER.split("/"))
         self._lock = threading.Lock()
         self._spares: list[_Spare] = []
-        self._written: list[int] = []  # sizes of the files that were written since the last `keeping`
+        self._draft = ""  # the folder that was written to last
+        self._written: list[int] = []  # sizes of its files
         self._wanted: list[int] = []  # of those, what has no spare yet
         self._keeper: int | None = None  # the thread that is `keeping`
         self._has_folder = False
@@ -75,22 +78,26 @@ class Spares:
             _all.add(self)
         self._drop = weakref.finalize(self, _remove, self._spares, self.folder, self._pid)
 
-    def wrote(self, fd: int, size: int) -> None:
-        """A file of this size is being written: the next deletion may leave a spare for the next of its kind."""
+    def wrote(self, fd: int, size: int, draft: str, *, is_new: bool) -> None:
+        """A file of this size is being written to a draft: the next deletion may leave a spare for the next one like
+        it."""
         if size >= _SMALLEST and self._works():
-            with self._lock:
-                self._look = _look(fd)
+            with self._lock, suppress(OSError):
+                if is_new:
+                    self._look = _look(fd)
+                if draft != self._draft:  # that of an earlier save, which may have failed
+                    self._draft, self._written = draft, []
                 if len(self._written) < _MOST:
                     self._written.append(size)
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """A block in which this thread's deletions leave spares for files like those written since the last such block.
-        What nobody took over since then goes."""
+        """A block in which this thread's deletions leave spares for files like those of the last draft. What nobody has
+        taken over by then goes."""
+        self.drop()
         if not self._works():
             yield
             return
-        self.drop()
         with self._lock:
             self._wanted, self._written = self._written, []
             self._keeper = threading.get_ident()
@@ -115,50 +122,58 @@ class Spares:
                 return False
             self._has_folder = True
             spare = _Spare(os.path.join(self.folder, secrets.token_hex(8)), found.st_size)
-            self._spares.append(spare)  # first: whatever comes in between, it is known
-            try:
-                os.rename(path, spare.path)
-            except BaseException:
-                self._spares.remove(spare)
-                raise
+            os.rename(path, spare.path)
+            self._spares.append(spare)
             self._wanted.remove(wanted)
             return True
         return False
 
     def take(self, target: str, size: int) -> int | None:
         """Make a spare the new file `target` of about this size: its descriptor, for writing; its old bytes and length
-        are still there. None when there is none that can be had. Raises `FileNotFoundError` without the folder."""
+        are still there. None when there is none that can be had."""
         while self._spares and os.getpid() == self._pid:
             with self._lock:
                 closest = _closest([spare.size for spare in self._spares], size)
-                if closest is None:
+                if closest is None or os.path.lexists(target):  # a rename would go over it without a word
                     return None
                 spare = next(spare for spare in self._spares if spare.size == closest)
+                fd = self._moved(spare, target)
                 self._spares.remove(spare)
-            fd = self._opened(spare)
-            if fd is None:
-                continue
-            try:
-                if os.path.lexists(target):  # a rename would go over it without a word
-                    raise FileExistsError
-                os.rename(spare.path, target)
-            except BaseException as exc:
-                os.close(fd)
-                with self._lock:
-                    self._spares.append(spare)
-                if isinstance(exc, FileExistsError):
-                    return None
-                raise
-            return fd
+                if fd is not None:
+                    return fd
         return None
 
-    @property
-    def size(self) -> int:
-        """Of all, in bytes."""
-        return sum(spare.size for spare in list(self._spares))
+    def _moved(self, spare: _Spare, target: str) -> int | None:
+        """A descriptor of a spare that nobody else can see, and that is the target now. It is deleted when somebody
+        can."""
+        with suppress(OSError):
+            fd = open_to_write(spare.path)
+            try:
+                if os.fstat(fd).st_nlink == 1 and _look(fd) == self._look and self._is_alone(fd):
+                    os.rename(spare.path, target)
+                    return fd
+            except BaseException as exc:
+                os.close(fd)
+                if not isinstance(exc, OSError):
+                    raise
+            else:
+                os.close(fd)
+            remove(spare.path, tree=False)
+        return None
+
+    def taken_over(self, sizes: Iterable[int]) -> int:
+        """How many bytes files of these sizes would take over."""
+        left, total = [spare.size for spare in list(self._spares)], 0
+        for size in sizes:
+            if (closest := _closest(left, size)) is not None:
+                left.remove(closest)
+                total += min(closest, size)
+        return total
 
     def drop(self) -> bool:
         """Give their space back, a little later; whether there was any."""
+        if os.getpid() != self._pid:  # they are the parent's, and so may the lock be
+            return False
         with self._lock:
             had = bool(self._spares)
             if self._has_folder:
@@ -166,23 +181,16 @@ class Spares:
                 self._has_folder = False
         return had
 
-    def _opened(self, spare: _Spare) -> int | None:
-        """A descriptor of a spare that nobody else can see. It is deleted when somebody can."""
-        with suppress(OSError):
-            fd = open_to_write(spare.path)
-            try:
-                if os.fstat(fd).st_nlink == 1 and _look(fd) == self._look and _is_alone(fd):
-                    return fd
-            except OSError:  # nobody can tell here: none are kept any more
-                self._is_possible = False
-            os.close(fd)
-        with suppress(OSError):
-            remove(spare.path, tree=False)
-        return None
+    def _is_alone(self, fd: int) -> bool:
+        try:
+            return is_alone(fd)
+        except OSError:  # nobody can tell here: none are kept any more
+            self._is_possible = False
+            return False
 
     def _works(self) -> bool:
         if self._is_possible is None:
-            self._is_possible = mount_type_at(self._root) in _IN_PLACE
+            self._is_possible = mount_type_at(self._root) in _IN_PLACE and not any(map(_says_something, _EXPORTS))
         return self._is_possible and os.getpid() == self._pid
 
 
@@ -205,10 +213,18 @@ def _closest(sizes: list[int], size: int) -> int | None:
 
 def _look(fd: int) -> _Look:
     found = os.fstat(fd)
-    return _Look(found.st_uid, found.st_gid, found.st_mode, tuple(sorted(os.listxattr(fd))))
+    attributes = tuple((name, os.getxattr(fd, name)) for name in sorted(os.listxattr(fd)))
+    return _Look(found.st_uid, found.st_gid, found.st_mode, attributes)
 
 
-def _is_alone(fd: int) -> bool:
+def _says_something(path: Path) -> bool:
+    try:
+        return any(line.strip() and not line.startswith("#") for line in path.read_text(errors="replace").splitlines())
+    except OSError:
+        return False
+
+
+def is_alone(fd: int) -> bool:
     """Whether nobody else has a file open, or mapped, that is open for writing here. Raises `OSError` where the system
     does not say."""
     # Whoever opens it at this very moment has the kernel tell us by a signal: by one that is ignored.
@@ -217,19 +233,30 @@ def _is_alone(fd: int) -> bool:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
     except BlockingIOError:
         return False
+    is_kept = fcntl.fcntl(fd, fcntl.F_GETLEASE) == fcntl.F_WRLCK  # else somebody is waiting for its end, to open it
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return True
+    return is_kept
 
 
 def _remove(spares: list[_Spare], folder: str, pid: int) -> None:
-    if os.getpid() != pid:  # they are the parent's
+    """All that lies there: what an interrupt came in between of is in no list."""
+    if os.getpid() != pid:
         return
-    while spares:
-        with suppress(OSError):
-            remove(spares.pop().path, tree=False)
+    spares.clear()
     with suppress(OSError):
-        os.rmdir(folder)
+        if not os.path.islink(folder):
+            remove(folder, tree=True)
 
 
 _guard = threading.Lock()
 _all: weakref.WeakSet[Spares] = weakref.WeakSet()
+
+
+def _in_a_forked_child() -> None:
+    """A thread of the parent may have held it."""
+    global _guard
+    _guard = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_a_forked_child)
