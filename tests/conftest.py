@@ -62,7 +62,24 @@ def moto_server() -> Iterator[ThreadedMotoServer]:
 
 
 @pytest.fixture(scope="session")
-def _new_s3_bucket() -> Callable[[str], Bucket]:
+def _botocore_reads_once() -> Iterator[None]:
+    """Every new client reads the description of S3 anew, which takes it a fifth of a second."""
+    from botocore.loaders import Loader
+
+    read: dict[Any, Any] = {}
+    init = Loader.__init__
+
+    def begin(self: Any, *args: Any, **how: Any) -> None:
+        init(self, *args, **how)
+        self._cache = read
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "__init__", begin)
+        yield
+
+
+@pytest.fixture(scope="session")
+def _new_s3_bucket(_botocore_reads_once: None) -> Callable[[str], Bucket]:
     """Makes an empty bucket on the S3 server at a URL."""
     import boto3
 

@@ -49,7 +49,9 @@ _PRELOADED = [
     "torch.distributed.checkpoint",
     "torchdata.stateful_dataloader",
 ]
+_PRELOADED += ["torch._dynamo", "torch.onnx"]  # what the first step of an optimizer imports
 _PRELOADED += ["ckptmgr.manager", "ckptmgr.coordinator.process_group", "ckptmgr.formats.safetensors_file"]
+_PRELOADED += ["ckptmgr.sharded_save"]
 
 
 @dataclass(frozen=True, slots=True)
