@@ -270,9 +270,9 @@ class Run:
         self._has_committed = True
         self._ledger.add(info)
         try:
-            # A cap on what is there has no room for what is only kept for the next save.
-            store, is_capped = self.repository.store, self._config.keep.max_bytes is not None
-            with names_first(), nullcontext() if is_capped else keeping_spares(store):
+            # A cap on what is there leaves no room for what is only kept for the next save.
+            is_reused = self._config.reuse_blocks and self._config.keep.max_bytes is None
+            with names_first(), keeping_spares(self.repository.store) if is_reused else nullcontext():
                 self._make_way(info, replaces=replaces)
         except FencedError:
             raise

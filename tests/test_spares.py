@@ -163,9 +163,12 @@ def test_a_new_file_has_nothing_of_the_old_one(tmp_path: Path, change: Callable[
 
 
 @pytest.mark.parametrize(
-    "settings", [{"fsync": False}, {"keep": {"last": 1, "max_bytes": "1GB"}}, {"commit": "manifest"}]
+    "settings",
+    [{"fsync": False}, {"keep": {"last": 1, "max_bytes": "1GB"}}, {"commit": "manifest"}, {"reuse_blocks": False}],
 )
-def test_nothing_is_kept_where_it_could_come_back_has_no_room_or_no_use(tmp_path: Path, settings: Any) -> None:
+def test_nothing_is_kept_where_it_could_come_back_has_no_room_or_no_use_or_is_not_wanted(
+    tmp_path: Path, settings: Any
+) -> None:
     with manager(tmp_path, **settings) as mgr:
         for step in (1, 2, 3):
             mgr.save(state(step), step)

@@ -191,6 +191,9 @@ class CheckpointConfig(_Section):
     it. For loops where nothing else changes them before that step, and which is no replayed CUDA graph."""
     share_unchanged: bool = True
     """Link or copy files whose bytes are those of the checkpoint before (frozen weights) instead of writing them."""
+    reuse_blocks: bool = True
+    """On ext4 and XFS, keep large files of the checkpoint that went last, and have the next save write over their
+    blocks. Never what somebody has open, mapped or linked; but false is for roots that others read over NFS."""
     when_busy: Literal["wait", "skip"] = "wait"
     """What a due save does while the one before is still being written: wait or skip."""
     overwrite: bool = False
