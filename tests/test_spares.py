@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
 import signal
@@ -339,6 +340,21 @@ def test_a_forked_child_neither_uses_nor_removes_them(tmp_path: Path) -> None:
         number = spares(tmp_path)[0].stat().st_ino
         mgr.save(state(3), 3)
         assert inode(tmp_path, 3) == number
+
+
+def test_whoever_only_reads_leaves_them_alone(tmp_path: Path) -> None:
+    with manager(tmp_path) as mgr:
+        for step in (1, 2):
+            mgr.save(state(step), step)
+        before = spares(tmp_path)
+        with CheckpointManager(tmp_path, read_only=True) as reader:
+            assert reader.load(2)
+        store = LocalStore(tmp_path)
+        assert not store.spares.drop()
+        del store
+        gc.collect()
+        assert len(before) == 1
+        assert spares(tmp_path) == before
 
 
 def test_a_spare_that_somebody_removed_is_no_obstacle(tmp_path: Path) -> None:

@@ -70,13 +70,13 @@ class Spares:
         self._written: list[int] = []  # sizes of its files
         self._wanted: list[int] = []  # of those, what has no spare yet
         self._keeper: int | None = None  # the thread that is `keeping`
-        self._has_folder = False
+        self._made: list[str] = []  # the folder, while this process has spares in it
         self._look: _Look | None = None
         self._is_possible: bool | None = None if is_wanted and _HAS_LEASES else False  # None: not asked yet
         self._pid = os.getpid()
         with _guard:
             _all.add(self)
-        self._drop = weakref.finalize(self, _remove, self._spares, self.folder, self._pid)
+        self._drop = weakref.finalize(self, _remove, self._spares, self._made, self._pid)
 
     def wrote(self, fd: int, size: int, draft: str, *, is_new: bool) -> None:
         """A file of this size is being written to a draft: the next deletion may leave a spare for the next one like
@@ -120,7 +120,7 @@ class Spares:
                 os.mkdir(self.folder)
             if os.path.islink(self.folder):
                 return False
-            self._has_folder = True
+            self._made[:] = [self.folder]
             spare = _Spare(os.path.join(self.folder, secrets.token_hex(8)), found.st_size)
             os.rename(path, spare.path)
             self._spares.append(spare)
@@ -176,9 +176,7 @@ class Spares:
             return False
         with self._lock:
             had = bool(self._spares)
-            if self._has_folder:
-                _remove(self._spares, self.folder, self._pid)
-                self._has_folder = False
+            _remove(self._spares, self._made, self._pid)
         return had
 
     def _is_alone(self, fd: int) -> bool:
@@ -238,14 +236,15 @@ def is_alone(fd: int) -> bool:
     return is_kept
 
 
-def _remove(spares: list[_Spare], folder: str, pid: int) -> None:
-    """All that lies there: what an interrupt came in between of is in no list."""
+def _remove(spares: list[_Spare], made: list[str], pid: int) -> None:
+    """All that lies in the folder, if this process has made it: what an interrupt came in between of is in no list."""
     if os.getpid() != pid:
         return
     spares.clear()
     with suppress(OSError):
-        if not os.path.islink(folder):
-            remove(folder, tree=True)
+        while made:
+            if not os.path.islink(folder := made.pop()):
+                remove(folder, tree=True)
 
 
 _guard = threading.Lock()
