@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,6 +58,28 @@ class Pickled:
                     stacklevel=3,
                 )
         return _pickle(self._values) if self._values else None
+
+
+def warn_of_bare(states: Mapping[str, Any]) -> None:
+    """Name the tensors on the meta device, by path: there is nothing of them to save."""
+    paths = [path for name, state in states.items() for path in _bare(name, state)]
+    if paths:  # else of a module whose state leaves them out
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        warnings.warn(
+            f"{', '.join(paths[:3])}{more}: on the meta device, where tensors have no values: they are NOT saved; give "
+            "them memory first (to_empty, then load), or bring offloaded ones back",
+            PickleWarning,
+            stacklevel=3,
+        )
+
+
+def _bare(path: str, state: Any) -> Iterator[str]:
+    if isinstance(state, torch.Tensor):
+        if state.is_meta:
+            yield path
+    elif isinstance(state, Mapping | list | tuple):
+        for step, item in state.items() if isinstance(state, Mapping) else enumerate(state):
+            yield from _bare(f"{path}.{step}", item)
 
 
 def _pickle(value: Any) -> bytes:

@@ -8,9 +8,8 @@ where tensors came, went or changed their form, so is everything.
 from __future__ import annotations
 
 import operator
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from ..errors import ConfigError
 from .capturing import Reader, Reading
 from .codec import encode
-from .pickled import Pickled, PickleWarning
+from .pickled import Pickled, warn_of_bare
 from .plain_tags import is_plain
 from .shards import local
 from .snapshot import FlatSnapshot, RankPart, Tree, map_leaves
@@ -75,33 +74,12 @@ def _record(reading: Reading) -> tuple[_Record | None, FlatSnapshot]:
     }
     objects = pickled.dump()
     if any(map(_IS_META, reading.parameters)):
-        _warn_of_bare([path for name, state in reading.states.items() for path in _bare(name, state)])
+        warn_of_bare(reading.states)
     still = _still(reading.parameters, ties.find)
     pointers = list(map(_address, ties.tensors, ties.forms))
     flat = FlatSnapshot(trees, ties.tensors, reading.notes, objects, {}, object(), still, pointers)
     forms = _Forms(ties)
     return (_Record(reading, flat, forms, ties.numbers) if forms.are_lasting else None), flat
-
-
-def _bare(path: str, state: Any) -> Iterator[str]:
-    """The paths of tensors on the meta device."""
-    if isinstance(state, torch.Tensor):
-        if state.is_meta:
-            yield path
-    elif isinstance(state, Mapping | list | tuple):
-        for step, item in state.items() if isinstance(state, Mapping) else enumerate(state):
-            yield from _bare(f"{path}.{step}", item)
-
-
-def _warn_of_bare(paths: list[str]) -> None:
-    if paths:  # else of a module whose state leaves them out
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        warnings.warn(
-            f"{', '.join(paths[:3])}{more}: on the meta device, where tensors have no values: they are NOT saved; give "
-            "them memory first (to_empty, then load), or bring offloaded ones back",
-            PickleWarning,
-            stacklevel=3,
-        )
 
 
 def _address(tensor: torch.Tensor, own: Form) -> int:
