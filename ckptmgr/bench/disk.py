@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..store import BLOCK
 from ..store.disk import sync_file, sync_folder
-from ..store.mounts import mount_type
+from ..store.mounts import mount_type_at
 from ..transfer import CHUNK
 
 _THREADS = 2  # enough to keep a disk busy, and what any machine has
@@ -49,10 +49,7 @@ def fill_cache(folder: Path) -> None:
 
 def is_in_memory(folder: Path) -> bool:
     """Whether the files of a folder lie in memory and on no disk."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-        return mount_type(lines, folder.resolve()) in _IN_MEMORY
-    return False
+    return mount_type_at(folder) in _IN_MEMORY
 
 
 def write_whole(path: Path, data: memoryview) -> float:

@@ -261,8 +261,8 @@ def _shown(key: Key, value: Any) -> str:
 def _where(word: str, model: type[BaseModel]) -> str | None:
     """Where a setting of this name is to be found, when it is in another section or has another name there."""
     known = dict.fromkeys(".".join(path) for path in _paths(model))
-    there = [path for path in known if path.rpartition(".")[2] == word] or [*filter(None, [ELSEWHERE.get(word)])]
-    return f"did you mean {' or '.join(there)}?" if there else None
+    there = " or ".join(path for path in known if path.rpartition(".")[2] == word) or ELSEWHERE.get(word)
+    return f"did you mean {there}?" if there else None
 
 
 def _paths(model: type[BaseModel]) -> Iterator[tuple[str, ...]]:

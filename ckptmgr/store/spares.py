@@ -76,7 +76,7 @@ class Spares:
         self._pid = os.getpid()
         with _guard:
             _all.add(self)
-        self._drop = weakref.finalize(self, _remove, self._spares, self._made, self._pid)
+        weakref.finalize(self, _remove, self._spares, self._made, self._pid)
 
     def wrote(self, fd: int, size: int, draft: str, *, is_new: bool) -> None:
         """A file of this size is being written to a draft: the next deletion may leave a spare for the next one like
