@@ -28,6 +28,7 @@ _REMOTE = 8  # threads
 _REQUEST = 8 << 20  # bytes asked of a network at a time
 _LARGE = 256 << 10  # bytes; a segment from here on is worth a read of its own, and a copy that lets others run
 _STEP = 2 << 20  # bytes read from a disk or the system's memory at a time: they are hashed in the processor's cache
+_ALIKE = 16 << 20  # bytes, cached all or not at all as far as is asked: to ask for every step costs more than it saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,10 +244,11 @@ class _Hand:
     def do(self, task: _Task) -> None:
         """Read, check and hand out. Raises `DamagedError`."""
         file, run = task.file, task.run
-        for begin in range(task.begin, task.end, file.step):
-            end = min(begin + file.step, task.end)
-            is_direct = not file.takes_turns and file.is_cached(begin, end)
-            self._move(task, run, begin, end, is_direct)
+        for first in range(task.begin, task.end, _ALIKE):
+            last = min(first + _ALIKE, task.end)
+            is_direct = not file.takes_turns and file.is_cached(first, last)
+            for begin in range(first, last, file.step):
+                self._move(task, run, begin, min(begin + file.step, last), is_direct)
         self._wait_for_turn(task)
         if task.end < run.end or run.is_good:
             return

@@ -573,7 +573,7 @@ def test_an_abort_leaves_the_descriptor_to_the_thread_that_still_writes(
 
 def test_what_is_in_use_is_closed_once_by_the_last() -> None:
     closed: list[int] = []
-    in_use = InUse(lambda: closed.append(1))
+    in_use = InUse(lambda: closed.append(1), "it has ended")
     with in_use, in_use:
         in_use.end()
         in_use.end()
@@ -581,7 +581,7 @@ def test_what_is_in_use_is_closed_once_by_the_last() -> None:
     assert closed == [1]
     in_use.end()
     assert closed == [1]
-    with pytest.raises(LookupError), in_use:
+    with pytest.raises(StoreError, match="it has ended"), in_use:
         pass
 
 

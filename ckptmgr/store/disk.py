@@ -186,18 +186,18 @@ class InUse:
     """Something that many threads use, closed when it has ended and the last of them is done with it.
 
     The number of a descriptor that was closed can at once be that of another file: no thread may
-    be about to use it then. Entering raises `LookupError` after the end.
+    be about to use it then. Entering raises `StoreError` with the text `ended` after the end.
     """
 
-    def __init__(self, close: Callable[[], object]) -> None:
-        self._close = close
+    def __init__(self, close: Callable[[], object], ended: str) -> None:
+        self._close, self._ended = close, ended
         self._lock = threading.Lock()
         self._users, self._has_ended = 0, False
 
     def __enter__(self) -> None:
         with self._lock:
             if self._has_ended:
-                raise LookupError
+                raise StoreError(self._ended)
             self._users += 1
 
     def __exit__(self, *raised: object) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import StoreError
 from . import BLOCK
 from .arguments import as_bytes
 from .direct_io import LARGE, is_aligned, is_refusal, open_direct, read_at
@@ -29,16 +27,17 @@ class LocalReader:
         self._direct = open_direct(path, fd) if self._size >= LARGE else None
         self._goes_direct = self._direct is not None
         self._lock = threading.Lock()
-        self._in_use = InUse(weakref.finalize(self, _close, fd, self._direct))
+        closing = weakref.finalize(self, _close, fd, self._direct)
+        self._in_use = InUse(closing, f"the reader of {path} is closed; open a new one")
 
     def is_cached(self, start: int, end: int) -> bool:
         """True, too, where the page cache is the only way, and more memory would only be a detour."""
-        with self._at_work():
+        with self._in_use, edge("read", self._path):
             return not self._goes_direct or self._is_resident(start, end)
 
     def read_into(self, start: int, buffers: Sequence[Buffer]) -> int:
         views = [memoryview(buffer) for buffer in buffers]
-        with self._at_work():
+        with self._in_use, edge("read", self._path):
             done = self._read_direct(start, as_bytes(views[0])) if len(views) == 1 else 0
             if done:
                 views = [as_bytes(views[0])[done:]]
@@ -46,14 +45,6 @@ class LocalReader:
 
     def close(self) -> None:
         self._in_use.end()
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        try:
-            with self._in_use, edge("read", self._path):
-                yield
-        except LookupError:
-            raise StoreError(f"the reader of {self._path} is closed; open a new one") from None
 
     def _is_resident(self, start: int, end: int) -> bool:
         end = min(end, self._size)

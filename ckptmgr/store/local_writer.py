@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .. import memory
@@ -41,12 +40,12 @@ class LocalWriter:
     ) -> None:
         self._temp, self._target, self._size, self._publish = temp, target, size, publish
         self._is_synced = is_synced
-        self._in_use = InUse(temp.discard)
+        self._in_use = InUse(temp.discard, f"the writer of {target} has ended; begin a new one")
         self._lock = threading.Lock()
         self._count = 0  # bytes that came in order
         self._placement = None if size is None else Placement(size, target)
         self._is_direct: bool | None = None  # until the first piece
-        self._spare: list[memoryview] = []
+        self._bounces: list[memoryview] = []
         try:
             if size is not None and size >= LARGE:
                 preallocate(temp.fd, size + -size % BLOCK)
@@ -60,7 +59,7 @@ class LocalWriter:
 
     def write(self, data: Buffer) -> None:
         view = as_bytes(data)
-        with self._at_work(self._count + view.nbytes):
+        with self._in_use, edge("write", self._target, self._size or self._count + view.nbytes):
             if self._placement:
                 raise StoreError(f"pieces of {self._target} were placed: place the others, too, or begin a new one")
             self._temp.write(view)
@@ -69,7 +68,7 @@ class LocalWriter:
 
     def write_at(self, offset: int, data: Buffer) -> None:
         view = as_bytes(data)
-        with self._at_work():
+        with self._in_use, edge("write", self._target, self._size):
             if self._placement is None or self._count:
                 why = "was begun without its size" if self._placement is None else "is being written in order"
                 raise StoreError(f"{self._target} {why}: nothing can be placed in it")
@@ -82,7 +81,7 @@ class LocalWriter:
             self._begin_to_sync(view.nbytes)
 
     def commit(self) -> None:
-        with self._at_work(self._count):
+        with self._in_use, edge("write", self._target, self._size or self._count):
             try:
                 if self._placement:
                     self._placement.check_whole()
@@ -95,14 +94,6 @@ class LocalWriter:
 
     def abort(self) -> None:
         self._in_use.end()
-
-    @contextmanager
-    def _at_work(self, need: int = 0) -> Iterator[None]:
-        try:
-            with self._in_use, edge("write", self._target, self._size or need):
-                yield
-        except LookupError:
-            raise StoreError(f"the writer of {self._target} has ended; begin a new one") from None
 
     def _begin_to_sync(self, written: int) -> None:
         """If the whole file is written: by one call, or in order."""
@@ -121,13 +112,13 @@ class LocalWriter:
         self._try_direct(offset, view[:whole])
         if whole == view.nbytes:
             return
-        spare = self._spare.pop() if self._spare else memory.buffer(_BOUNCE)
+        bounce = self._bounces.pop() if self._bounces else memory.buffer(_BOUNCE)
         for begin in range(whole, view.nbytes, _BOUNCE):
             piece = view[begin : begin + _BOUNCE]
-            spare[: piece.nbytes] = piece
+            bounce[: piece.nbytes] = piece
             # What is more than the piece, whatever it is, lies behind the end of the file, and is cut off.
-            self._try_direct(offset + begin, spare[: piece.nbytes + -piece.nbytes % BLOCK])
-        self._spare.append(spare)
+            self._try_direct(offset + begin, bounce[: piece.nbytes + -piece.nbytes % BLOCK])
+        self._bounces.append(bounce)
 
     def _try_direct(self, offset: int, view: memoryview) -> None:
         try:
