@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from ckptmgr.errors import ConfigError, SaveFailedError
@@ -335,6 +336,7 @@ def test_tensors_that_are_not_finite_are_named() -> None:
         "nan": torch.tensor([1.0, nan]),
         "inf": torch.tensor([[inf, 0.0]]),
         "minus": torch.tensor(-inf).double(),
+        "large": torch.tensor([1e300], dtype=torch.float64),
         "half": torch.tensor([65504.0]).half(),
         "bf16": torch.tensor([inf]).bfloat16(),
         "fp8": torch.tensor([nan]).to(torch.float8_e4m3fn),
@@ -351,6 +353,23 @@ def test_tensors_that_are_not_finite_are_named() -> None:
     odd = ["nan", "inf", "minus", "bf16", "fp8", "complex", "sparse", "csr", "parameter"]
     assert non_finite(flatten(Snapshot({"m": tree}))) == [f"m.{name}" for name in odd]
     assert non_finite(flatten(Snapshot({"n": 1}))) == []
+
+
+class _NoDoubles(TorchDispatchMode):
+    """A device that knows no float64, as those of Apple."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float64:
+            raise TypeError("no float64 here")
+        return made
+
+
+def test_a_device_without_float64_is_looked_through() -> None:
+    tree = {"fine": torch.ones(2), "half": torch.ones(2).half(), "bf16": torch.tensor([float("nan")]).bfloat16()}
+    flat = flatten(Snapshot({"m": tree}))
+    with _NoDoubles():
+        assert non_finite(flat) == ["m.bf16"]
 
 
 def test_an_ordered_state_dict_is_captured_under_its_keys() -> None:
