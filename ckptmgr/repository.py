@@ -142,11 +142,11 @@ class Repository:
             raise DamagedError(f"{source.where}: " + "; ".join(map(str, problems)))
         return source
 
-    def source(self, info: CheckpointInfo, level: str = "fast") -> Source:
-        """The same, without a look at the store."""
+    def source(self, info: CheckpointInfo, level: str = "fast", *, by_many: bool = False) -> Source:
+        """The same, without a look at the store; for `by_many` see `Source`."""
         if info.manifest is None:
             raise DamagedError(f"{self.store.url}/{info.name}/{MANIFEST_NAME}: {info.damaged}")
-        return Source(self.store, info.name, info.manifest, level)
+        return Source(self.store, info.name, info.manifest, level, by_many=by_many)
 
     def verify(self, info: CheckpointInfo, level: str = "full") -> list[Problem]:
         """What is wrong with a checkpoint, file by file; `size` compares sizes, `full` reads all."""

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .coordinator import Channel, Circle, Solo
+from .coordinator import Channel, Circle, Solo, has_neighbours
 from .errors import ConfigError, DamagedError, NotFoundError, StateMismatchError
 from .formats import FileSource, open_format
 from .formats.rank_files import OwnState
 from .formats.safetensors_state import SafetensorsState
 from .manifest import CheckpointInfo, Manifest
-from .memory import enough
+from .memory import available, enough
 from .reading import check_there
 from .repository import Repository
 from .request import refuse_text
@@ -332,7 +332,7 @@ class Reader:
     def _open(self, info: CheckpointInfo) -> _Opened:
         manifest = info.manifest
         assert manifest is not None
-        source: FileSource = self._repository.source(info, self._level)
+        source: FileSource = self._repository.source(info, self._level, by_many=self._reads_with_neighbours(manifest))
         if self._circle is not None and manifest.format != "dcp":  # of which each rank reads what it holds
             source = SharedSource(source, self._circle)
         # What is on disk decides how it is read, not today's config.
@@ -345,6 +345,14 @@ class Reader:
         policy = "own" if is_own else self._on_world_change
         report = PerRankReport(policy, manifest.world_size, self._world_size)
         return _Opened(manifest, OwnState(shared, part if is_own else None), part, report)
+
+    def _reads_with_neighbours(self, manifest: Manifest) -> bool:
+        """Whether others on this machine read the same bytes now, and its memory has room to hand them on."""
+        own_files = manifest.format == "dcp" and manifest.world_size == self._world_size  # each rank reads its own
+        if self._circle is not None or own_files or not has_neighbours():
+            return False
+        free = available()
+        return free is None or manifest.size <= free // 2
 
 
 def _ranks(count: int) -> str:

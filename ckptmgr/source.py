@@ -35,13 +35,17 @@ class Source:
     """The files of one checkpoint, under the names that its format gave them.
 
     `level` is `off` (trust everything), `size` (sizes were compared) or `fast` (digests of the
-    bytes being read). Safe from any thread; a file that it opened, from one at a time.
+    bytes being read). `by_many` says that other processes of this machine read the same files now. Safe
+    from any thread; a file that it opened, from one at a time.
     """
 
-    def __init__(self, store: Store, folder: str, manifest: Manifest, level: str = "fast") -> None:
+    def __init__(
+        self, store: Store, folder: str, manifest: Manifest, level: str = "fast", *, by_many: bool = False
+    ) -> None:
         self._store = store
         self._folder = folder
         self._manifest = manifest
+        self._by_many = by_many
         self._digests = level in ("fast", "full")
         self._is_remote = store.path is None
         # In manifest mode data lies one level down, under the attempt's nonce.
@@ -101,7 +105,9 @@ class Source:
 
     def _wanted(self, file: FileEntry, segments: Sequence[Segment] | None) -> Wanted:
         key = self._key(file)
-        return Wanted(file, f"{self.where}/{file.name}", lambda: self._store.reader(key), segments)
+        return Wanted(
+            file, f"{self.where}/{file.name}", lambda: self._store.reader(key, by_many=self._by_many), segments
+        )
 
     def scatter(self, segments: Mapping[str, Sequence[Segment]]) -> None:
         """Read segments of files to where they go; see `formats.FileSource`. Raises `DamagedError`."""

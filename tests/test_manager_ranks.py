@@ -24,7 +24,8 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
-from ckptmgr import CheckpointManager, Moment, open_store, per_rank
+from ckptmgr import CheckpointManager, Moment, open_store, per_rank, warm_start
+from ckptmgr.bench import disk
 from ckptmgr.errors import CheckpointError, StoreError
 from ckptmgr.testing import SlowStore
 
@@ -741,6 +742,42 @@ def test_all_ranks_resume_the_same_or_none_does(world_size: int, tmp_path: Path)
     assert {one["drop"]["drawn"] for one in done} == {one["nothing"]["drawn"] for one in done}
     marks = [path for path in (tmp_path / "damaged/.ckptmgr/damaged").rglob("*") if path.is_file()]
     assert len(marks) == 1
+
+
+def read_from_disk(root: str, neighbours: int) -> list[int]:
+    """The bytes that a resume, a load and a warm start had from the disk."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(neighbours)  # as launchers do
+    model, counts = nn.Linear(2048, 4096), []
+    with manager(root, read_only=True, ranks={"timeout": "30s"}) as mgr:
+        for way in (mgr.resume, lambda _: mgr.load(), lambda model: warm_start(root, model)):
+            dist.barrier()
+            if not dist.get_rank():
+                disk.forget(Path(root))
+            dist.barrier()
+            before = _from_disk()
+            way(model)
+            counts.append(_from_disk() - before)
+    return counts
+
+
+def _from_disk() -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("read_bytes")).split()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process reads from a disk")
+def test_ranks_of_one_machine_have_a_checkpoint_from_the_disk_once(tmp_path: Path) -> None:
+    model = nn.Linear(2048, 4096)
+    with manager(tmp_path) as mgr:
+        mgr.save({"model": model}, 1)
+    disk.flush(tmp_path)
+    size = 4 * (2048 * 4096 + 4096)
+    alone = values(run(read_from_disk, 2, str(tmp_path), 1))
+    if min(map(min, alone)) < size:
+        pytest.skip("the folder for temporary files is on no disk")
+    together = values(run(read_from_disk, 2, str(tmp_path), 2))
+    for way in range(3):
+        assert sum(one[way] for one in together) < 1.25 * size
 
 
 def resume_from_s3(url: str, options: dict[str, Any], read: str) -> list[float]:

@@ -56,11 +56,11 @@ class GatedStore(MemoryStore):
         self.gate.set()
         self.read: list[str] = []
 
-    def reader(self, key: str) -> Reader:
+    def reader(self, key: str, *, by_many: bool = False) -> Reader:
         self.asked.set()
         self.gate.wait()
         self.read.append(key)
-        return super().reader(key)
+        return super().reader(key, by_many=by_many)
 
 
 @pytest.fixture
@@ -238,10 +238,10 @@ def test_a_store_that_fails_says_nothing_of_a_checkpoint(store: GatedStore, capl
     infos = saved(store, 2)
 
     class Failing(GatedStore):
-        def reader(self, key: str) -> Reader:
+        def reader(self, key: str, *, by_many: bool = False) -> Reader:
             if key.startswith("step-00000001"):
                 raise StoreError("the network is down")
-            return super().reader(key)
+            return super().reader(key, by_many=by_many)
 
     broken = Failing()
     broken.objects = store.objects

@@ -140,10 +140,10 @@ def test_trouble_in_reading_the_old_file_does_not_fail_the_new_save(tmp_path: Pa
     class Failing(MemoryStore):
         fails = False
 
-        def reader(self, key: str) -> Reader:
+        def reader(self, key: str, *, by_many: bool = False) -> Reader:
             if self.fails:
                 raise StoreError("the network is down", 5)
-            return super().reader(key)
+            return super().reader(key, by_many=by_many)
 
     store = Failing()
     saves = Saves(store)

@@ -132,8 +132,8 @@ class _Metered:
     def __init__(self, store: Store, advance: Callable[[int], None]) -> None:
         self._store, self._advance = store, advance
 
-    def reader(self, key: str) -> Reader:
-        return cast(Reader, _MeteredReader(self._store.reader(key), self._advance))
+    def reader(self, key: str, *, by_many: bool = False) -> Reader:
+        return cast(Reader, _MeteredReader(self._store.reader(key, by_many=by_many), self._advance))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)

@@ -220,7 +220,7 @@ class CheckpointConfig(_Section):
     """How long a dead writer keeps others out, on stores without file locks."""
     read: Literal["auto", "all", "rank0", "per_node"] = "auto"
     """Which ranks read a checkpoint that is not sharded: all, rank0 (which tells the others), per_node (one each), or
-    auto: all on a local disk, rank0 over a network."""
+    auto: all on a local disk, which is read once for the ranks of a machine, rank0 over a network."""
     on_world_change: Literal["exact", "derive", "drop"] = "derive"
     """What a resume by another number of ranks does with random generators and per_rank entries: exact (refuses),
     derive (seeds each rank's generators anew, from the checkpoint) or drop (leaves the generators as they are). The

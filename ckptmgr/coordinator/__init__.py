@@ -5,11 +5,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-__all__ = ["NONE", "SAVE", "STOP", "TROUBLE", "Ballot", "Channel", "Circle", "Coordinator", "Solo", "find_coordinator"]
+__all__ = [
+    "NONE",
+    "SAVE",
+    "STOP",
+    "TROUBLE",
+    "Ballot",
+    "Channel",
+    "Circle",
+    "Coordinator",
+    "Solo",
+    "find_coordinator",
+    "has_neighbours",
+]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -126,11 +139,20 @@ class Solo:
 def find_coordinator(name: str, timeout_s: float) -> Coordinator:
     """The coordinator for this process. In a job of several ranks every one of them calls it, with the same
     `name`; it blocks until all have, and raises `CoordinationError` naming those that have not."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return Solo()
-    if torch.distributed.get_world_size() == 1:
+    if not _has_ranks():
         return Solo()
     from .process_group import ProcessGroup
 
     return ProcessGroup(name, timeout_s)
+
+
+def has_neighbours() -> bool:
+    """Whether other ranks of the job run on this machine, or may, where its launcher does not say. Asks nobody."""
+    return _has_ranks() and os.environ.get("LOCAL_WORLD_SIZE") != "1"
+
+
+def _has_ranks() -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    return bool(torch.distributed.get_world_size() > 1)

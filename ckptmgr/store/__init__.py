@@ -118,9 +118,10 @@ class Store(Protocol):
         at return the new ones are durable. With `create`, raises `AlreadyExistsError` and changes
         nothing when the key exists (one winner where the store has conditional writes)."""
 
-    def reader(self, key: str) -> Reader:
+    def reader(self, key: str, *, by_many: bool = False) -> Reader:
         """The object open for reading. Raises `NotFoundError` when there is no such object, here or
-        at the first `read_into`."""
+        at the first `read_into`. `by_many`: other processes of this machine read the same bytes now, which
+        had better come from a disk once for all of them."""
 
     def writer(self, key: str, size: int | None = None) -> Writer:
         """A writer for a large object, of `size` bytes where that is known; nothing is visible under

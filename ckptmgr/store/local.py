@@ -103,10 +103,10 @@ class LocalStore:
             finally:
                 temp.discard()
 
-    def reader(self, key: str) -> LocalReader:
+    def reader(self, key: str, *, by_many: bool = False) -> LocalReader:
         path = self._locate(checked_key(key))
         with edge("read", path):
-            return LocalReader(_open(path), path)
+            return LocalReader(_open(path), path, by_many=by_many)
 
     def writer(self, key: str, size: int | None = None) -> LocalWriter:
         target = self._locate(checked_key(key))

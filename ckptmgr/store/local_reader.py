@@ -1,4 +1,8 @@
-"""How are many bytes read from a file? Out of the page cache where they are in it, past it where they are not."""
+"""How are many bytes read from a file? Out of the page cache where they are in it, past it where they are not.
+
+But bytes that several processes of a machine read at a time, as the ranks of a job do, go through the page
+cache: past it each of them would have them from the disk.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,20 @@ from . import BLOCK
 from .arguments import as_bytes
 from .direct_io import LARGE, is_aligned, is_refusal, open_direct, read_at
 from .disk import InUse, edge
-from .page_cache import is_resident
+from .page_cache import ask_for, is_resident
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
 class LocalReader:
-    """A `Reader` of the file that is open under `fd`, which it closes. Also closed when dropped."""
+    """A `Reader` of the file that is open under `fd`, which it closes. Also closed when dropped. For `by_many`
+    see `Store.reader`."""
 
-    def __init__(self, fd: int, path: str) -> None:
-        self._fd, self._path = fd, path
+    def __init__(self, fd: int, path: str, *, by_many: bool = False) -> None:
+        self._fd, self._path, self._by_many = fd, path, by_many
         self._size = os.fstat(fd).st_size
-        self._direct = open_direct(path, fd) if self._size >= LARGE else None
+        self._direct = open_direct(path, fd) if self._size >= LARGE and not by_many else None
         self._goes_direct = self._direct is not None
         self._lock = threading.Lock()
         closing = weakref.finalize(self, _close, fd, self._direct)
@@ -33,6 +38,8 @@ class LocalReader:
     def is_cached(self, start: int, end: int) -> bool:
         """True, too, where the page cache is the only way, and more memory would only be a detour."""
         with self._in_use, edge("read", self._path):
+            if self._by_many:
+                ask_for(self._fd, start, end)
             return not self._goes_direct or self._is_resident(start, end)
 
     def read_into(self, start: int, buffers: Sequence[Buffer]) -> int:

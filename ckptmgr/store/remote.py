@@ -95,7 +95,7 @@ class FsspecStore:
             else:
                 dialect.put(name, body)
 
-    def reader(self, key: str) -> RangeReader:
+    def reader(self, key: str, *, by_many: bool = False) -> RangeReader:
         return RangeReader(self, checked_key(key))
 
     def writer(self, key: str, size: int | None = None) -> RemoteWriter:

@@ -57,7 +57,7 @@ class MemoryStore:
                 raise AlreadyExistsError(f"{self.url}/{key} exists already and was left as it is")
             self.objects[checked_key(key)] = (body, time.time())
 
-    def reader(self, key: str) -> Reader:
+    def reader(self, key: str, *, by_many: bool = False) -> Reader:
         return RangeReader(self, checked_key(key), in_memory=True)
 
     def writer(self, key: str, size: int | None = None) -> Writer:

@@ -43,9 +43,9 @@ class StoreAround:
         with self.turn("put", key):
             self.store.put(key, data, create=create)
 
-    def reader(self, key: str) -> Reader:
+    def reader(self, key: str, *, by_many: bool = False) -> Reader:
         with self.turn("reader", key):
-            return _ReaderAround(self, key, self.store.reader(key))
+            return _ReaderAround(self, key, self.store.reader(key, by_many=by_many))
 
     def writer(self, key: str, size: int | None = None) -> Writer:
         with self.turn("writer", key):

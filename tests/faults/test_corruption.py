@@ -667,9 +667,9 @@ def test_what_this_process_can_not_read_is_an_error_and_no_damage(name: str, cod
             self.check(key)
             return super().get(key, start, end)
 
-        def reader(self, key: str) -> LocalReader:
+        def reader(self, key: str, *, by_many: bool = False) -> LocalReader:
             self.check(key)
-            return super().reader(key)
+            return super().reader(key, by_many=by_many)
 
         def check(self, key: str) -> None:
             if key == f"step-00000003/{name}":

@@ -131,9 +131,9 @@ def test_a_reader_slower_than_the_writer_pins_what_it_reads_or_says_so(kind: Any
     writer = Writer(store)
 
     class Slow(kind):  # type: ignore[misc]
-        def reader(self, key: str) -> Any:
+        def reader(self, key: str, *, by_many: bool = False) -> Any:
             writer.save()
-            return super().reader(key)
+            return super().reader(key, by_many=by_many)
 
     reader = manager(Slow(store), read_only=True)
     if kind is ReadOnly:
