@@ -7,6 +7,7 @@ a disk fills without the system's help.
 
 from __future__ import annotations
 
+import os
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from .store import BLOCK, Reader
 from .transfer import SMALL, Crew, Segment
 
 _LOCAL = 3  # threads; a disk is kept busy while one of them copies and hashes
+_CACHED = 2, 8  # threads at least and at most, and one for each processor: there is no disk to keep busy
 _REMOTE = 8  # threads
 _REQUEST = 8 << 20  # bytes asked of a network at a time
 _LARGE = 256 << 10  # bytes; a segment from here on is worth a read of its own, and a copy that lets others run
@@ -91,10 +93,22 @@ def _read(files: list[_File], is_remote: bool, on_damage: Callable[[_Task, Damag
 
     try:
         if tasks:
-            crew.run(work, min(len(tasks), _REMOTE if is_remote else _LOCAL if sum(sizes) >= SMALL else 1))
+            crew.run(work, min(len(tasks), _REMOTE if is_remote else _hands(tasks[0]) if sum(sizes) >= SMALL else 1))
     finally:
         for file in files:
             file.close()
+
+
+def _hands(first: _Task) -> int:
+    """How many threads are best, going by where the first bytes are."""
+    try:
+        if first.file.takes_turns or not first.file.is_cached(first.begin, min(first.begin + _ALIKE, first.end)):
+            return _LOCAL
+    except DamagedError:  # missing, as the crew will find
+        return _LOCAL
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fewest, most = _CACHED
+    return min(max(processors, fewest), most)
 
 
 class _Run:
