@@ -528,17 +528,33 @@ def test_a_digest_that_is_none_is_damage_like_any_other(tmp_path: Path, digest: 
 
 def test_without_garbage_collection_nothing_of_a_state_stays_alive(tmp_path: Path) -> None:
     """Loops that switch it off, to have no pauses, free a dropped model at once."""
-    model = nn.Linear(2, 2)
-    gone = weakref.ref(model)
+
+    def state() -> dict[str, Any]:
+        model, average = nn.Linear(2, 2), nn.Linear(2, 2)
+        own = {"table": torch.ones(2), "models": [nn.Linear(2, 2)], "seen": {"count": 1}}
+        return {"model": model, "optimizer": torch.optim.AdamW(model.parameters()), "average": average, "own": own}
+
+    def parts(state: dict[str, Any]) -> list[weakref.ref[Any]]:
+        each = [*list(state.values())[:-1], state["own"]["table"], state["own"]["models"][0]]
+        return [weakref.ref(part) for part in (*each, *state["model"].parameters())]
+
+    first = state()
+    gone = parts(first)
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         with CheckpointManager(tmp_path) as manager:
-            manager.resume(model)
-            manager.save({"model": model}, 1).wait()
-        del model
-        assert gone() is None
+            manager.resume(**first)
+            first["model"](torch.ones(2)).sum().backward()
+            first["optimizer"].step()
+            manager.save(first, 1).wait()
+        second = state()
+        gone += parts(second)
+        with CheckpointManager(tmp_path) as manager:
+            assert manager.resume(**second).step == 1
+        del first, second
+        assert [one() for one in gone] == [None] * len(gone)
     finally:
         if was_on:
             gc.enable()

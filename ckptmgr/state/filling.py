@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,16 +121,18 @@ class Fitting:
     def compare_later(self, target: torch.Tensor, tree: Tree, where: str, path: str) -> None:
         self.pickled.append(PickledTensor(target, str(tree["$object"]), where, path))
 
-    def leaves_out(self, tree: Tree) -> bool:
-        return bool(self.left_out) and isinstance(tree, dict) and str(tree.get("$object")) in self.left_out
-
     def needs(self) -> Needs:
         needs = Needs()
         for filling in self.fillings:
             for tree, path in filling.trees:
-                if not self.leaves_out(tree):
+                if not is_left_out(tree, self.left_out):
                     needs.add(tree, path)
         return needs
+
+
+def is_left_out(tree: Tree, left_out: Collection[str]) -> bool:
+    """Whether a tree stands for something pickled whose key is among these."""
+    return bool(left_out) and isinstance(tree, dict) and str(tree.get("$object")) in left_out
 
 
 def another_class(target: Any, note: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import ConfigError
 from .codec import join
-from .filling import FIRST, LOADER, OPTIMIZER, OTHER, SCHEDULER, Filling, Fitting, Source, another_class
+from .filling import FIRST, LOADER, OPTIMIZER, OTHER, SCHEDULER, Filling, Fitting, Source, another_class, is_left_out
 from .models import fit_module, is_pickled, misfit
 from .optimizers import fit_optimizer
 from .plain_tags import is_unsaved
@@ -91,11 +91,12 @@ def _fit_tensor(fitting: Fitting, where: str, target: torch.Tensor, tree: Tree) 
         if target.dtype != tree.dtype:
             fitting.differences.casts.append(f"{where}: {tree.dtype} -> {target.dtype}")
         fitting.in_place.offer([(tree, target)])
+    left_out = fitting.left_out
 
     def fill(source: Source) -> None:
         if not is_pickled(tree):
             source.copy([(tree, target)])
-        elif not fitting.leaves_out(tree):
+        elif not is_left_out(tree, left_out):
             target.copy_(source.decode(tree, where))
 
     fitting.fillings.append(Filling(FIRST, where, [(tree, where)], fill))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .filling import FIRST, Filling, Fitting, PickledTensor, Source
+from .filling import FIRST, Filling, Fitting, PickledTensor, Source, is_left_out
 from .names import clean_names, modules, pair
 from .snapshot import StoredTensor, Tree
 from .trees import items
@@ -54,15 +54,18 @@ def fit_module(fitting: Fitting, where: str, module: nn.Module, tree: Tree, note
     else:
         fitting.in_place.make(offers)
 
+    # What fills must not hold `fitting`, which holds it: the objects of a large state would wait for the collector.
+    differences, left_out = fitting.differences, fitting.left_out
+
     def fill(source: Source) -> None:
-        complete = not fitting.differences.has(where)
+        complete = not differences.has(where)
         if complete and len(offers) == len(parts) and copies_only(module):
             # The same as below, whose time grows with the square of a module's children.
             source.copy(offers)
             return
         state: OrderedDict[str, Any] = OrderedDict()
         for raw, target, part, path in parts:
-            if fitting.leaves_out(part):
+            if is_left_out(part, left_out):
                 continue
             # The parameter itself where it has been read into: copying it onto itself costs nothing.
             state[raw] = target if source.in_place.has(part, target) else source.decode(part, path)
