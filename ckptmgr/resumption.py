@@ -332,9 +332,11 @@ class Reader:
     def _open(self, info: CheckpointInfo) -> _Opened:
         manifest = info.manifest
         assert manifest is not None
-        source: FileSource = self._repository.source(info, self._level, by_many=self._reads_with_neighbours(manifest))
-        if self._circle is not None and manifest.format != "dcp":  # of which each rank reads what it holds
-            source = SharedSource(source, self._circle)
+        circle = None if manifest.format == "dcp" else self._circle  # of that each rank reads what it holds
+        by_many = circle is None and self._reads_with_neighbours(manifest)
+        source: FileSource = self._repository.source(info, self._level, by_many=by_many)
+        if circle is not None:
+            source = SharedSource(source, circle)
         # What is on disk decides how it is read, not today's config.
         shared = open_format(manifest.format).open(source)
         is_own = manifest.world_size == self._world_size
@@ -349,7 +351,7 @@ class Reader:
     def _reads_with_neighbours(self, manifest: Manifest) -> bool:
         """Whether others on this machine read the same bytes now, and its memory has room to hand them on."""
         own_files = manifest.format == "dcp" and manifest.world_size == self._world_size  # each rank reads its own
-        if self._circle is not None or own_files or not has_neighbours():
+        if own_files or not has_neighbours():
             return False
         free = available()
         return free is None or manifest.size <= free // 2

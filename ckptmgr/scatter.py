@@ -102,7 +102,7 @@ def _read(files: list[_File], is_remote: bool, on_damage: Callable[[_Task, Damag
 def _hands(first: _Task) -> int:
     """How many threads are best, going by where the first bytes are."""
     try:
-        if first.file.takes_turns or not first.file.is_cached(first.begin, min(first.begin + _ALIKE, first.end)):
+        if not first.file.is_direct(first.begin, min(first.begin + _ALIKE, first.end)):
             return _LOCAL
     except DamagedError:  # missing, as the crew will find
         return _LOCAL
@@ -207,8 +207,9 @@ class _File:
         ]
         return [_Task(self, number, run, begin, end) for number, (run, begin, end) in enumerate(cut)]
 
-    def is_cached(self, begin: int, end: int) -> bool:
-        return self._opened().is_cached(begin, end)
+    def is_direct(self, begin: int, end: int) -> bool:
+        """Whether these bytes are best read straight into their places."""
+        return not self.takes_turns and self._opened().is_cached(begin, end)
 
     def read(self, begin: int, buffers: list[memoryview]) -> int:
         try:
@@ -260,7 +261,7 @@ class _Hand:
         file, run = task.file, task.run
         for first in range(task.begin, task.end, _ALIKE):
             last = min(first + _ALIKE, task.end)
-            is_direct = not file.takes_turns and file.is_cached(first, last)
+            is_direct = file.is_direct(first, last)
             for begin in range(first, last, file.step):
                 self._move(task, run, begin, min(begin + file.step, last), is_direct)
         self._wait_for_turn(task)
