@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from operator import gt, itemgetter
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,8 @@ class SafetensorsState:
 def _stored_tensors(rows: Sequence[Any], files: Mapping[str, FileEntry]) -> list[StoredTensor]:
     """The tensors of the table. Raises `FormatVersionError`, and `DamagedError` or another error for
     rows that can't be true."""
-    if not {type(size) for row in rows for size in row[3]} <= {int}:  # as keys, below, 1, True and 1.0 are the same
+    sizes = chain.from_iterable(map(itemgetter(3), rows))
+    if not set(map(type, sizes)) <= {int}:  # as keys, below, 1, True and 1.0 are the same
         raise DamagedError(f"{STATE_NAME}: a tensor has a size that is no whole number")
     kinds: dict[tuple[Any, ...], tuple[tuple[int, ...], torch.dtype, int]] = {}
     file_sizes = {name: file.size for name, file in files.items() if name != SPECIAL_NAME}

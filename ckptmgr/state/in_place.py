@@ -7,7 +7,7 @@ is sharded alike takes it in, and never the whole.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from operator import gt
 
 import torch
@@ -80,10 +80,11 @@ class InPlace:
     def settle(self) -> None:
         """Take offers back where memory was offered twice: it is to hold what is filled in last."""
         leaves, begins, ends = list(self.targets), self._begins, self._ends
-        for own in self._kept.keys() - set(map(id, self.targets.values())) - self._twins.keys():
-            if _is_readable_into(tensor := self._kept[own]):
-                begins.append(local(tensor).data_ptr())
-                ends.append(begins[-1] + _reach(tensor))
+        for offered in chain(map(id, self.targets.values()), self._twins):
+            self._kept.pop(offered, None)
+        for tensor in filter(_is_readable_into, self._kept.values()):
+            begins.append(local(tensor).data_ptr())
+            ends.append(begins[-1] + _reach(tensor))
         # If no two overlap, each ends before the next one begins.
         if any(map(gt, sorted(ends), islice(sorted(begins), 1, None))):
             for number in _overlapping(begins, ends):

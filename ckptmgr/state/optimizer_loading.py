@@ -38,11 +38,11 @@ def loader(
 
     def fill(source: Source) -> None:
         targets = source.in_place.targets
-        live = {leaf: target for leaf, target in offers if targets.get(leaf) is target}
         has_followers = any(dtypes.get(id(one), one.dtype) != one.dtype for one, _, _ in pairs)
-        if is_all and len(live) == len(offers) and not has_followers:
+        if is_all and not has_followers and all(targets.get(leaf) is target for leaf, target in offers):
             _load_settings(optimizer, source.decode(settings, f"{where}.param_groups"), orders)
             return
+        live = {leaf: target for leaf, target in offers if targets.get(leaf) is target}
         state = source.decode(tree, where, live)
         _sort(state["param_groups"], orders)
         if _is_plain(optimizer):
@@ -117,6 +117,8 @@ def _patterns(optimizer: Optimizer, pairs: list[Pair]) -> Iterator[tuple[StoredT
 def _load_settings(optimizer: Optimizer, groups: list[dict[str, Any]], orders: Sequence[Sequence[int]]) -> None:
     """Load everything but the state, which has been read into its place."""
     _sort(groups, orders)
+    for group in groups:  # their numbers, of which `load_state_dict` would copy each
+        group["params"] = range(len(group["params"]))
     state = optimizer.state
     optimizer.load_state_dict({"state": {}, "param_groups": groups})
     optimizer.state = state
