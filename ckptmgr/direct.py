@@ -11,7 +11,7 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -107,6 +107,16 @@ def load_file(
 
     Raises `NotFoundError`, `DamagedError` for what is not a safetensors file, and `StoreError`.
     """
+    return load_chosen(url, lambda keys: keys, device, options)
+
+
+def load_chosen(
+    url: str | Path,
+    choose: Callable[[Sequence[str]], Iterable[str]],
+    device: str | torch.device = "cpu",
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, torch.Tensor]:
+    """As `load_file`, of those keys that `choose` takes of all."""
     from .formats.safetensors_single import SafetensorsReader
 
     store, key = _locate(url, options)
@@ -122,7 +132,8 @@ def load_file(
             raise
 
     with raw, enough(f"load {_where(store, key)}"):
-        return SafetensorsReader(cast(BinaryIO, raw), size, _where(store, key), device).get_tensors(fetch)
+        opened = SafetensorsReader(cast(BinaryIO, raw), size, _where(store, key), device)
+        return opened.get_tensors(choose(opened.offset_keys()), fetch)
 
 
 @contextmanager

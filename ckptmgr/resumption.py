@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,8 @@ from .request import refuse_text
 from .shared_source import SharedSource
 from .state import RestorePlan, RngReport, derive_rng, is_per_rank, match, materialize, restore_rng, unclaimed
 from .state.collector import uncollected
-from .state.restore import of_objects
-from .state.snapshot import StoredPart
+from .state.restore import Objects, grown, of_objects
+from .state.snapshot import StoredPart, Tree
 
 if TYPE_CHECKING:
     import torch
@@ -224,7 +225,7 @@ class Reader:
         stored = opened.stored
         claimed = {name: target for name, target in targets.items() if name not in lost}
         kept = [name for name in skip if name not in lost]
-        objects = stored.objects if self._trust_pickle else None
+        objects = self._objects(stored)
         plan = self._together("match", lambda: match(claimed, stored, strict=strict, skip=kept, objects=objects))
         rest = [name for name in unclaimed(stored, targets) if name not in skip]
         # Values first: should they be damaged or need trust, no target has been touched.
@@ -284,18 +285,29 @@ class Reader:
         """Entries as nested data. Raises `NotFoundError` for an entry that isn't there, and `ConfigError`
         for a checkpoint that can't be mapped."""
         refuse_text(only, "only")
-        with uncollected(), enough(f"load {self._repository.store.url}/{info.name}"):
+        with self._loading(info):
             return self._load(info, only, map_location, mmap)
 
-    def _load(
-        self, info: CheckpointInfo, only: Sequence[str] | None, map_location: str | torch.device, mmap: bool
+    def load_parts(
+        self, info: CheckpointInfo, entry: str, choose: Callable[[Tree], Mapping[str, Tree]]
     ) -> dict[str, Any]:
-        folder = self._mappable(info, map_location) if mmap else None
+        """The values of those parts of an entry's tree that `choose` takes, under the names that it gives them.
+        Nothing else is read, or has to be trusted. Raises `NotFoundError` for an entry that isn't there."""
+        with self._loading(info):
+            stored = self._entries(info, [entry])
+            return grown(choose(stored.entries[entry]), stored.fetch, self._objects(stored))
+
+    @contextmanager
+    def _loading(self, info: CheckpointInfo) -> Iterator[None]:
+        with uncollected(), enough(f"load {self._repository.store.url}/{info.name}"):
+            yield
+
+    def _entries(self, info: CheckpointInfo, names: Sequence[str] | None) -> OwnState:
+        """A checkpoint that has these entries."""
         self._look(info)
         opened = self._open(info)
         stored = opened.stored
-        names = list(stored.entries) if only is None else list(only)
-        if unknown := [name for name in names if name not in stored.entries]:
+        if unknown := [name for name in names or () if name not in stored.entries]:
             foreign = [name for name in unknown if name in opened.own]
             count = _ranks(opened.report.saved_world_size)
             raise NotFoundError(
@@ -303,7 +315,18 @@ class Reader:
                 f"it has {', '.join(stored.entries)}"
                 + (f". What {count} had of {', '.join(foreign)} loads only where there are as many" if foreign else "")
             )
-        objects = stored.objects if self._trust_pickle else None
+        return stored
+
+    def _objects(self, stored: OwnState) -> Objects | None:
+        return stored.objects if self._trust_pickle else None
+
+    def _load(
+        self, info: CheckpointInfo, only: Sequence[str] | None, map_location: str | torch.device, mmap: bool
+    ) -> dict[str, Any]:
+        folder = self._mappable(info, map_location) if mmap else None
+        stored = self._entries(info, only)
+        names = list(stored.entries) if only is None else list(only)
+        objects = self._objects(stored)
         if folder is None:
             return materialize(stored, names, stored.fetch, objects=objects, device=map_location)
         assert isinstance(stored.shared, SafetensorsState)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .direct import load_file, reader
+from .direct import load_chosen, reader
 from .errors import CheckpointError, ConfigError, DamagedError, NotFoundError, StateMismatchError, StoreError
 from .formats.state_file import refuse_unpacking
 from .formats.targets import put
@@ -23,7 +23,10 @@ from .repository import Repository
 from .request import refuse_text
 from .resumption import Reader
 from .state.names import clean_names, pair
+from .state.plain_tags import is_unsaved
 from .state.shards import is_sharded, like
+from .state.snapshot import StoredTensor, Tree
+from .state.trees import items
 from .store import open_store
 from .store.local import local_path
 
@@ -34,6 +37,8 @@ _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTS = ("model", "state_dict", "model_state_dict", "module")  # where people put the weights in a torch.save file
 
 Rename = Mapping[str, str] | Callable[[str], str | None]
+# Which of a source's values are wanted, by its names for them, each with whether it is a weight.
+Choose = Callable[[Mapping[str, bool]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +66,9 @@ def warm_start(
     options: Mapping[str, Any] | None = None,
 ) -> WarmStarted:
     """Copy weights into `model`, and the extra state of its modules; optimizer, step and random generators are
-    left alone. Blocks. Every rank that has the model or a part of it calls this: each reads the whole source and
-    keeps what is its own, and nothing is communicated.
+    left alone. Blocks. Every rank that has the model or a part of it calls this: each reads all that is wanted and
+    keeps what is its own, and nothing is communicated. What goes nowhere in the model is not read, but for the
+    rest of a `torch.save` file and of the 64 MiB pieces of a checkpoint's files, whose digests are checked.
 
     `url` is another run's root (its newest good checkpoint is taken), one checkpoint's folder, a
     `.safetensors` file, or a `torch.save` file (.pt, .pth, .bin, .ckpt; read without running code).
@@ -83,29 +89,33 @@ def warm_start(
     raw = model.state_dict()
     clean = clean_names(model, raw)
     wanted = {name: key for key, name in clean.items() if _is_chosen(name, include, exclude)}
-    stored = _weights(str(url), entry, dict(options or {}))
-    origins: dict[str, list[str]] = {}
-    for old in stored:
-        if (new := _renamed(old, rename)) is not None:
-            origins.setdefault(new, []).append(old)
-    pairs = pair(wanted, origins)
-    if clashes := [f"  {', '.join(origins[o])} to {n}" for n, o in pairs.items() if len(origins[o]) > 1]:
-        raise ConfigError(
-            f"rename leads several weights of {url} to one of the model, which was left as it was:\n"
-            + "\n".join(clashes[:_SHOWN])
-            + "\nGive each a name of its own, or have a callable return None for those to leave out"
-        )
-    source = {new: stored[olds[0]] for new, olds in origins.items()}
-    problems = {n: problem for n, o in pairs.items() if (problem := _misfit(n, raw[wanted[n]], source[o]))}
-    missing = [name for name in wanted if name not in pairs]
-    taken = set(pairs.values())
-    unexpected = [
-        name
-        for name, value in source.items()
-        if isinstance(value, torch.Tensor) and name not in taken and _is_chosen(name, include, exclude)
-    ]
+    names: dict[str, str] = {}  # of what the source has for the model, by the names here
+    left: list[str] = []  # weights that the source has besides, as they would be called here
+
+    def choose(stored: Mapping[str, bool]) -> list[str]:
+        origins: dict[str, list[str]] = {}
+        for old in stored:
+            if (new := _renamed(old, rename)) is not None:
+                origins.setdefault(new, []).append(old)
+        pairs = pair(wanted, origins)
+        if clashes := [f"  {', '.join(origins[o])} to {n}" for n, o in pairs.items() if len(origins[o]) > 1]:
+            raise ConfigError(
+                f"rename leads several weights of {url} to one of the model, which was left as it was:\n"
+                + "\n".join(clashes[:_SHOWN])
+                + "\nGive each a name of its own, or have a callable return None for those to leave out"
+            )
+        taken = set(pairs.values())
+        left[:] = [new for new, olds in origins.items() if stored[olds[0]] and new not in taken]
+        names.clear()
+        names.update((name, origins[new][0]) for name, new in pairs.items())
+        return list(names.values())
+
+    source = _weights(str(url), entry, dict(options or {}), choose)
+    problems = {n: problem for n, old in names.items() if (problem := _misfit(n, raw[wanted[n]], source[old]))}
+    missing = [name for name in wanted if name not in names]
+    unexpected = [name for name in left if _is_chosen(name, include, exclude)]
     mismatched = [f"{name} {problem}" for name, problem in problems.items()]
-    fitting = {name: old for name, old in pairs.items() if name not in problems}
+    fitting = {name: old for name, old in names.items() if name not in problems}
     if not fitting or (strict and (missing or unexpected or mismatched)):
         what = f"the weights of {url} do not fit" if fitting else f"no weight of {url} fits"
         lines = [
@@ -179,14 +189,15 @@ def _own_part(value: Any, pattern: Any) -> Any:
     return value
 
 
-def _weights(url: str, entry: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The source's state dict, flat, by name."""
+def _weights(url: str, entry: str, options: dict[str, Any], choose: Choose) -> dict[str, Any]:
+    """What is chosen of the source's state dict. Of a file of tensors and of a checkpoint nothing else is read."""
     if url.endswith(".safetensors"):
-        return dict(load_file(url, options=options))
+        return dict(load_chosen(url, lambda keys: choose(dict.fromkeys(keys, True)), options=options))
     if url.endswith(_PICKLED):
         with reader(url, options) as file:
-            return _flat(_unpickled(file, url), url)
-    return _flat(_from_checkpoint(url, entry, options), f"{url} (entry {entry!r})")
+            found = _flat(_unpickled(file, url), url, _inner, _is_tensor)
+        return {name: found[name] for name in choose({name: _is_tensor(value) for name, value in found.items()})}
+    return _from_checkpoint(url, entry, options, choose)
 
 
 def _unpickled(file: BinaryIO, url: str) -> Any:
@@ -206,8 +217,8 @@ def _unpickled(file: BinaryIO, url: str) -> Any:
         raise DamagedError(f"{url} is not a torch.save file that loads without running code: {cause}") from exc
 
 
-def _from_checkpoint(url: str, entry: str, options: dict[str, Any]) -> Any:
-    """The newest good checkpoint of a root, or the one whose folder this is."""
+def _from_checkpoint(url: str, entry: str, options: dict[str, Any], choose: Choose) -> dict[str, Any]:
+    """What is chosen of the newest good checkpoint of a root, or of the one whose folder this is."""
     path = local_path(url)
     # Without links, or the folder's parent need not be the root that it is in.
     root = url.rstrip("/") if path is None else Path(os.path.realpath(path)).as_posix()
@@ -217,36 +228,58 @@ def _from_checkpoint(url: str, entry: str, options: dict[str, Any]) -> Any:
         store = open_store(root or "/", options)
     repository = Repository(store)
     source = Reader(repository, "fast", trust_pickle=False)
+
+    def take(tree: Tree) -> dict[str, Tree]:
+        found = _flat(tree, f"{url} (entry {entry!r})", items, _stands_for_tensor)
+        found = {name: part for name, part in found.items() if not is_unsaved(part)}
+        chosen = choose({name: _stands_for_tensor(part) for name, part in found.items()})
+        return {f"{entry}.{name}": found[name] for name in chosen}  # as messages call them
+
     try:
-        state = read_first(
+        values = read_first(
             repository,
             lambda: [info for info in repository.infos() if folder in (None, info.name)],
-            lambda info: source.load(info, [entry], "cpu"),
+            lambda info: source.load_parts(info, entry, take),
             lambda info, exc: _log.warning("warm_start.skip.damaged step=%d cause=%s", info.step, exc),
         )
     except StateMismatchError as exc:
         if "trust_pickle" not in str(exc):
             raise
         raise StateMismatchError(
-            f"{exc}. That goes for a CheckpointManager; warm_start runs no code of its source. One with read_only=True "
-            f"and trust_pickle=True gives the weights by load(only=[{entry!r}]), to pass to model.load_state_dict()"
+            f"{exc}. That goes for a CheckpointManager; warm_start runs no code of its source. Leave them out with "
+            "exclude=, or have a manager with read_only=True and trust_pickle=True give the weights by "
+            f"load(only=[{entry!r}]), to pass to model.load_state_dict()"
         ) from exc
-    if state is None:
+    if values is None:
         raise NotFoundError(f"no checkpoint in {url}; give a run's root, one checkpoint's folder, or a file of weights")
-    return state[entry]
+    return {path.removeprefix(f"{entry}."): value for path, value in values.items()}
 
 
-def _flat(value: Any, where: str) -> dict[str, Any]:
-    """A state dict: its own, or the one under a name that people give it."""
-    if isinstance(value, Mapping):
-        for nest in _NESTS:
-            if isinstance(value.get(nest), Mapping):
-                return _flat(value[nest], where)
-        if any(isinstance(item, torch.Tensor) for item in value.values()):
-            return {
-                name: item
-                for name, item in zip(map(str, value), value.values(), strict=True)
-                if isinstance(item, torch.Tensor) or _is_extra_state(name)
-            }
-        raise ConfigError(f"{where} holds no state dict of tensors; its keys are {', '.join(map(str, value))[:200]}")
-    raise NotFoundError(f"{where} holds a {type(value).__name__}, not a state dict")
+def _flat(
+    value: Any, where: str, inner: Callable[[Any], Mapping[Any, Any] | None], is_tensor: Callable[[Any], bool]
+) -> dict[str, Any]:
+    """A state dict: its own, or the one under a name that people give it. `inner` gives a mapping's items."""
+    found = inner(value)
+    if found is None:
+        kind = "tensor" if is_tensor(value) else type(value).__name__
+        raise NotFoundError(f"{where} holds a {kind}, not a state dict")
+    for nest in _NESTS:
+        if inner(found.get(nest)) is not None:
+            return _flat(found[nest], where, inner, is_tensor)
+    if not any(map(is_tensor, found.values())):
+        raise ConfigError(f"{where} holds no state dict of tensors; its keys are {', '.join(map(str, found))[:200]}")
+    named = zip(map(str, found), found.values(), strict=True)
+    return {name: item for name, item in named if is_tensor(item) or _is_extra_state(name)}
+
+
+def _inner(value: Any) -> Mapping[Any, Any] | None:
+    return value if isinstance(value, Mapping) else None
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _stands_for_tensor(tree: Tree) -> bool:
+    """What was pickled, too, is one for all that is known of it."""
+    return isinstance(tree, StoredTensor) or (isinstance(tree, dict) and ("$meta" in tree or "$object" in tree))

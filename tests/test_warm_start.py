@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -397,6 +399,48 @@ def test_extra_state_that_only_running_code_could_load_is_refused_with_the_way_t
     with CheckpointManager(str(tmp_path / "run"), read_only=True, trust_pickle=True) as mgr:
         model.load_state_dict(mgr.load(only=["model"])["model"])
     assert model.extra is argparse.Namespace
+
+
+@pytest.mark.filterwarnings("ignore:.*pickle")
+def test_what_is_left_out_needs_no_trust(tmp_path: Path) -> None:
+    theirs = Scaled(argparse.Namespace)
+    with CheckpointManager(str(tmp_path / "run"), background=False) as mgr:
+        mgr.save({"model": theirs}, 1)
+    model = Scaled("fresh")
+    done = warm_start(tmp_path / "run", model, exclude=["_extra_state"])
+    assert set(done.loaded) == {"weight", "bias"}
+    assert torch.equal(model.weight, theirs.weight)
+    assert model.extra == "fresh"
+
+
+def test_files_with_nothing_that_is_wanted_are_not_read(tmp_path: Path, source: nn.Sequential) -> None:
+    with CheckpointManager(str(tmp_path / "split"), background=False, split_size=100) as mgr:
+        mgr.save({"model": source}, 1)
+    rows = json.loads((tmp_path / "split" / "step-00000001" / "state.json").read_text())["tensors"]
+    file = tmp_path / "split" / "step-00000001" / next(row[0] for row in rows if row[1] == "2.weight")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    model = network()
+    with pytest.raises(DamagedError):
+        warm_start(tmp_path / "split", model)
+    warm_start(tmp_path / "split", model, include=["0.*"])
+    assert torch.equal(model[0].weight, source[0].weight)
+
+
+def test_of_a_file_of_tensors_only_what_is_wanted_is_read(tmp_path: Path) -> None:
+    """The rest of this one fits into no memory."""
+    rest = 1 << 42
+    header = {
+        "rest": {"dtype": "U8", "shape": [rest], "data_offsets": [0, rest]},
+        "bias": {"dtype": "F32", "shape": [2], "data_offsets": [rest, rest + 8]},
+    }
+    text = json.dumps(header).encode()
+    with (tmp_path / "w.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(rest, os.SEEK_CUR)
+        file.write(torch.tensor([1.0, 2.0]).numpy().tobytes())
+    model = nn.Linear(3, 2)
+    assert warm_start(tmp_path / "w.safetensors", model, strict=False).unexpected == ("rest",)
+    assert model.bias.tolist() == [1.0, 2.0]
 
 
 def test_what_a_module_refuses_is_an_error_that_says_so(tmp_path: Path) -> None:

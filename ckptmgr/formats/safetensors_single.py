@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, BinaryIO
 
@@ -141,11 +141,15 @@ class SafetensorsReader:
         placed = self._placed(key)
         return self._tensor(placed, placed.begin, placed.torch_shape)
 
-    def get_tensors(self, scatter: Callable[[Sequence[Segment]], None] | None = None) -> dict[str, torch.Tensor]:
-        """All tensors by key, in the order of the file; with `scatter` that reads those that go to host memory."""
+    def get_tensors(
+        self, keys: Iterable[str] | None = None, scatter: Callable[[Sequence[Segment]], None] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of these keys, or all, in the order of the file; with `scatter` that reads those that go to host
+        memory."""
+        keys = self._header.tensors if keys is None else keys
         if scatter is None or torch.device(self._device).type != "cpu":
-            return {key: self.get_tensor(key) for key in self._header.tensors}
-        places = self._header.tensors.values()
+            return {key: self.get_tensor(key) for key in keys}
+        places = sorted(map(self._placed, keys), key=lambda placed: placed.begin)
         tensors = {placed.key: torch.empty(placed.torch_shape, dtype=placed.dtype) for placed in places}
         scatter([(placed.begin, placed.end, tensors[placed.key].data_ptr()) for placed in places])
         return tensors

@@ -18,7 +18,7 @@ from .models import compare_pickled, leave_pickled
 from .names import parameter_names
 from .plain_tags import is_unsaved
 from .ranks import refuse_marks_within, unmarked
-from .snapshot import StoredState, StoredTensor
+from .snapshot import StoredState, StoredTensor, Tree
 from .trees import Needs
 
 Fetch: TypeAlias = Callable[..., dict[StoredTensor, torch.Tensor]]
@@ -151,13 +151,19 @@ def materialize(
     objects: Objects | None = None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
-    """The values of entries, their tensors new on `device`; ties stay ties. Blocks.
+    """The values of entries: see `grown`."""
+    return grown({name: stored.entries[name] for name in names}, fetch, objects, device)
 
-    An entry that could not be saved is left out. Raises `StateMismatchError` when pickled values
+
+def grown(
+    trees: Mapping[str, Tree], fetch: Fetch, objects: Objects | None = None, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """The values of stored trees, by their names, their tensors new on `device`; ties stay ties. Blocks.
+
+    What could not be saved is left out. Raises `StateMismatchError` when pickled values
     are needed and `objects` is None, or a class is not imported; `DamagedError`.
     """
     needs = Needs()
-    trees = {name: stored.entries[name] for name in names}
     for name, tree in trees.items():
         needs.add(tree, name)
     pickled = _trusted(needs.objects, objects)
