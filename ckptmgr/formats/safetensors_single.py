@@ -11,7 +11,7 @@ import torch
 
 from ..errors import ConfigError, DamagedError, StateMismatchError
 from ..staging import Gathered, Region, compact, is_special
-from ..state.snapshot import FlatSnapshot
+from ..state.snapshot import FlatSnapshot, StoredTensor
 from ..transfer import Segment
 from .safetensors_layout import (
     MAX_HEADER_SIZE,
@@ -25,7 +25,7 @@ from .safetensors_layout import (
     native,
     parse_header,
 )
-from .targets import fill, read_exactly
+from .targets import fill, fresh, read_exactly
 
 _FIRST_READ = 64 << 10  # bytes; most headers are smaller, and come with the length in one read
 
@@ -150,9 +150,12 @@ class SafetensorsReader:
         if scatter is None or torch.device(self._device).type != "cpu":
             return {key: self.get_tensor(key) for key in keys}
         places = sorted(map(self._placed, keys), key=lambda placed: placed.begin)
-        tensors = {placed.key: torch.empty(placed.torch_shape, dtype=placed.dtype) for placed in places}
-        scatter([(placed.begin, placed.end, tensors[placed.key].data_ptr()) for placed in places])
-        return tensors
+        stored = [StoredTensor(placed.torch_shape, placed.dtype, placed) for placed in places]
+        tensors = fresh(stored, self._device)
+        scatter(
+            [(placed.begin, placed.end, tensors[one].data_ptr()) for placed, one in zip(places, stored, strict=True)]
+        )
+        return {one.location.key: tensors[one] for one in stored}
 
     def get_slice(self, key: str) -> TensorSlice:
         """A tensor to take parts of by indexing; nothing is read yet."""
