@@ -286,7 +286,15 @@ class Reader:
         for a checkpoint that can't be mapped."""
         refuse_text(only, "only")
         with self._loading(info):
-            return self._load(info, only, map_location, mmap)
+            folder = self._mappable(info, map_location) if mmap else None
+            stored = self._entries(info, only)
+            names = list(stored.entries) if only is None else list(only)
+            objects = self._objects(stored)
+            if folder is None:
+                return materialize(stored, names, stored.fetch, objects=objects, device=map_location)
+            assert isinstance(stored.shared, SafetensorsState)
+            mapped = partial(stored.fetch_through, partial(stored.shared.map, folder))
+            return materialize(stored, names, mapped, objects=objects)
 
     def load_parts(
         self, info: CheckpointInfo, entry: str, choose: Callable[[Tree], Mapping[str, Tree]]
@@ -319,19 +327,6 @@ class Reader:
 
     def _objects(self, stored: OwnState) -> Objects | None:
         return stored.objects if self._trust_pickle else None
-
-    def _load(
-        self, info: CheckpointInfo, only: Sequence[str] | None, map_location: str | torch.device, mmap: bool
-    ) -> dict[str, Any]:
-        folder = self._mappable(info, map_location) if mmap else None
-        stored = self._entries(info, only)
-        names = list(stored.entries) if only is None else list(only)
-        objects = self._objects(stored)
-        if folder is None:
-            return materialize(stored, names, stored.fetch, objects=objects, device=map_location)
-        assert isinstance(stored.shared, SafetensorsState)
-        mapped = partial(stored.fetch_through, partial(stored.shared.map, folder))
-        return materialize(stored, names, mapped, objects=objects)
 
     def _mappable(self, info: CheckpointInfo, map_location: str | torch.device) -> Path:
         """The checkpoint's folder. Raises `ConfigError` when its tensors can't be mappings of its files."""

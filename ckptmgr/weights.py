@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,6 +22,7 @@ from .reading import read_first
 from .repository import Repository
 from .request import refuse_text
 from .resumption import Reader
+from .state.models import is_pickled
 from .state.names import clean_names, pair
 from .state.plain_tags import is_unsaved
 from .state.shards import is_sharded, like
@@ -89,33 +90,20 @@ def warm_start(
     raw = model.state_dict()
     clean = clean_names(model, raw)
     wanted = {name: key for key, name in clean.items() if _is_chosen(name, include, exclude)}
-    names: dict[str, str] = {}  # of what the source has for the model, by the names here
-    left: list[str] = []  # weights that the source has besides, as they would be called here
+    olds: dict[str, str] = {}
+    left: list[str] = []
 
     def choose(stored: Mapping[str, bool]) -> list[str]:
-        origins: dict[str, list[str]] = {}
-        for old in stored:
-            if (new := _renamed(old, rename)) is not None:
-                origins.setdefault(new, []).append(old)
-        pairs = pair(wanted, origins)
-        if clashes := [f"  {', '.join(origins[o])} to {n}" for n, o in pairs.items() if len(origins[o]) > 1]:
-            raise ConfigError(
-                f"rename leads several weights of {url} to one of the model, which was left as it was:\n"
-                + "\n".join(clashes[:_SHOWN])
-                + "\nGive each a name of its own, or have a callable return None for those to leave out"
-            )
-        taken = set(pairs.values())
-        left[:] = [new for new, olds in origins.items() if stored[olds[0]] and new not in taken]
-        names.clear()
-        names.update((name, origins[new][0]) for name, new in pairs.items())
-        return list(names.values())
+        nonlocal olds, left  # of the source that is read in the end: one that is damaged gives way to another
+        olds, left = _matched(url, wanted, stored, rename)
+        return list(olds.values())
 
     source = _weights(str(url), entry, dict(options or {}), choose)
-    problems = {n: problem for n, old in names.items() if (problem := _misfit(n, raw[wanted[n]], source[old]))}
-    missing = [name for name in wanted if name not in names]
+    problems = {n: problem for n, old in olds.items() if (problem := _misfit(n, raw[wanted[n]], source[old]))}
+    missing = [name for name in wanted if name not in olds]
     unexpected = [name for name in left if _is_chosen(name, include, exclude)]
     mismatched = [f"{name} {problem}" for name, problem in problems.items()]
-    fitting = {name: old for name, old in names.items() if name not in problems}
+    fitting = {name: old for name, old in olds.items() if name not in problems}
     if not fitting or (strict and (missing or unexpected or mismatched)):
         what = f"the weights of {url} do not fit" if fitting else f"no weight of {url} fits"
         lines = [
@@ -146,6 +134,27 @@ def warm_start(
         url, len(fitting), len(missing), len(unexpected), len(mismatched),
     )  # fmt: skip
     return WarmStarted(str(url), tuple(fitting), tuple(missing), tuple(unexpected), tuple(mismatched))
+
+
+def _matched(
+    url: str | Path, wanted: Iterable[str], stored: Mapping[str, bool], rename: Rename | None
+) -> tuple[dict[str, str], list[str]]:
+    """What the source calls each of the names that it has of those wanted; and its other weights, as they would be
+    called here. Raises `ConfigError` where `rename` leads several to one."""
+    origins: dict[str, list[str]] = {}
+    for old in stored:
+        if (new := _renamed(old, rename)) is not None:
+            origins.setdefault(new, []).append(old)
+    pairs = pair(wanted, origins)
+    if clashes := [f"  {', '.join(origins[o])} to {n}" for n, o in pairs.items() if len(origins[o]) > 1]:
+        raise ConfigError(
+            f"rename leads several weights of {url} to one of the model, which was left as it was:\n"
+            + "\n".join(clashes[:_SHOWN])
+            + "\nGive each a name of its own, or have a callable return None for those to leave out"
+        )
+    taken = set(pairs.values())
+    left = [new for new, olds in origins.items() if stored[olds[0]] and new not in taken]
+    return {name: origins[new][0] for name, new in pairs.items()}, left
 
 
 def _is_chosen(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
@@ -282,4 +291,4 @@ def _is_tensor(value: Any) -> bool:
 
 def _stands_for_tensor(tree: Tree) -> bool:
     """What was pickled, too, is one for all that is known of it."""
-    return isinstance(tree, StoredTensor) or (isinstance(tree, dict) and ("$meta" in tree or "$object" in tree))
+    return isinstance(tree, StoredTensor) or is_pickled(tree) or (isinstance(tree, dict) and "$meta" in tree)

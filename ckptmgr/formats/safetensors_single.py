@@ -147,14 +147,12 @@ class SafetensorsReader:
         """The tensors of these keys, or all, in the order of the file; with `scatter` that reads those that go to host
         memory."""
         keys = self._header.tensors if keys is None else keys
-        if scatter is None or torch.device(self._device).type != "cpu":
-            return {key: self.get_tensor(key) for key in keys}
         places = sorted(map(self._placed, keys), key=lambda placed: placed.begin)
+        if scatter is None or torch.device(self._device).type != "cpu":
+            return {placed.key: self.get_tensor(placed.key) for placed in places}
         stored = [StoredTensor(placed.torch_shape, placed.dtype, placed) for placed in places]
         tensors = fresh(stored, self._device)
-        scatter(
-            [(placed.begin, placed.end, tensors[one].data_ptr()) for placed, one in zip(places, stored, strict=True)]
-        )
+        scatter([(one.location.begin, one.location.end, tensors[one].data_ptr()) for one in stored])
         return {one.location.key: tensors[one] for one in stored}
 
     def get_slice(self, key: str) -> TensorSlice:
